@@ -1,0 +1,1 @@
+"""What Megatron's wheel or a machine without CUDA needs, and nothing else."""

@@ -1,0 +1,16 @@
+"""Errors a user can cause or meet, each one line."""
+
+
+class UserError(ValueError):
+    """Something the caller gave is wrong: names the field, the value, and what would be legal."""
+
+    def __init__(self, field: str, value: object, problem: str, legal: str) -> None:
+        self.field, self.value, self.problem, self.legal = field, value, problem, legal
+        super().__init__(f"{field}={value!r}: {problem}; legal: {legal}")
+
+    def __reduce__(self):  # so that one rank can send it to the others
+        return type(self), (self.field, self.value, self.problem, self.legal)
+
+
+class PeerLostError(RuntimeError):
+    """A collective failed: another tensor-parallel rank ended or cannot be reached."""

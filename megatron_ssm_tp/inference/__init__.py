@@ -1,0 +1,1 @@
+"""How tokens come out: checkpoint and layers joined, under Megatron's inference engine."""

@@ -1,0 +1,226 @@
+"""The Python API: a checkpoint directory becomes a model that writes, in one process or on all ranks of torchrun."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from megatron.core.inference.sampling_params import SamplingParams
+from tqdm import tqdm
+
+from ..checkpoint.loader import ModelCheckpoint, load_parameters, open_model
+from ..compat.cpu import megatron_on_cpu
+from ..config import DTYPES
+from ..errors import UserError
+from ..layers.model import SSMModel, build_model
+from ..partition.layout import check_tp_size
+from .distributed import agree, local_device, lost_peers_reported, start, tensor_parallel_groups
+from .engine import DynamicEngine, Progress
+from .requests import GenerationOutput, Limits, Prompt, check_token_ids, read_params, read_prompt
+from .state import CacheLimits, inference_config
+from .tokenizer import NoTokenizer, TextTokenizer, load_tokenizer
+
+
+@dataclass(frozen=True)
+class TextPiece:
+    """A step of one prompt's answer as it comes: new tokens and their text; `output` once it is finished."""
+
+    index: int
+    token_ids: list[int]
+    text: str
+    output: GenerationOutput | None
+
+
+def _parse_dtype(dtype: str | torch.dtype, checkpoint: ModelCheckpoint) -> torch.dtype:
+    name = str(dtype).removeprefix("torch.")
+    if name == "auto":
+        name = checkpoint.config.dtype
+    if name not in DTYPES:
+        raise UserError("dtype", name, "cannot be run", ", ".join(("auto", *DTYPES)))
+    return getattr(torch, name)
+
+
+class LLM:
+    """A model ready to generate. Under torchrun every rank builds it and makes the same calls; each gets every result.
+
+    Use `from_pretrained`. Between calls the process is as it was: Megatron's inference mode is off and, on a machine
+    without CUDA, torch.cuda untouched.
+    """
+
+    def __init__(
+        self, model: SSMModel, checkpoint: ModelCheckpoint, tokenizer: TextTokenizer | NoTokenizer, limits: CacheLimits
+    ) -> None:
+        self.model, self.config, self.tokenizer = model, checkpoint.config, tokenizer
+        self.limits = Limits(self.config.vocab_size, limits.max_sequence_length)
+        engine_config = inference_config(model, self.config, limits, model.pg_collection)
+        self.engine = DynamicEngine(model, engine_config, tokenizer)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        tensor_model_parallel_size: int | None = None,
+        dtype: str | torch.dtype = "auto",
+        *,
+        tokenizer: str | Path | None = None,
+        limits: CacheLimits | None = None,
+        seed: int = 0,
+    ) -> "LLM":
+        """Load a Hugging Face or state-spaces checkpoint, each rank its share.
+
+        Args:
+            path: directory with config.json and weights.
+            tensor_model_parallel_size: None is the world size; anything else must equal it.
+            dtype: "auto" (the checkpoint's), "float32", "bfloat16" or "float16"; A_log and D are float32 always.
+            tokenizer: a tokenizer.json, or a directory with one, if it is not in `path`.
+            limits: how many requests and tokens run at once.
+            seed: of the sampling generator, the same on every rank.
+
+        Raises:
+            UserError: anything wrong with these or with the files; the same on every rank.
+            PeerLostError: another rank ended.
+        """
+        device = local_device()
+        start(device)
+        groups = tensor_parallel_groups(tensor_model_parallel_size)
+        tp = groups.tp.size()
+
+        def read_headers() -> tuple[ModelCheckpoint, torch.dtype, TextTokenizer | NoTokenizer]:
+            checkpoint = open_model(path)
+            check_tp_size(checkpoint.config, tp)
+            words = load_tokenizer(Path(tokenizer or path), checkpoint.config)
+            return checkpoint, _parse_dtype(dtype, checkpoint), words
+
+        limits = limits or CacheLimits()
+        with lost_peers_reported(), megatron_on_cpu():
+            checkpoint, params_dtype, words = agree(read_headers, groups.tp)
+            model = build_model(
+                checkpoint.config, groups, params_dtype, device, limits.max_sequence_length, sampling_seed=seed
+            )
+            parameters = dict(model.named_parameters())
+            with tqdm(total=len(parameters), desc="loading", disable=None if groups.tp.rank() == 0 else True) as bar:
+                load_parameters(parameters, checkpoint, groups.tp.rank(), tp, lambda name: bar.update())
+            return cls(model.eval(), checkpoint, words, limits)
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        seed: int | None = None,
+    ) -> list[GenerationOutput]:
+        """Answer all prompts, in their order, batched continuously.
+
+        Args:
+            prompts: texts or lists of token ids.
+            sampling_params: one for all or one for each; None is greedy to the end of text. Only generated tokens'
+                log-probabilities are returned (`logits` has the prompt's).
+            seed: restarts the sampling generator before this call.
+
+        Raises:
+            UserError: a prompt or parameter that cannot be served; nothing has been generated then.
+            PeerLostError: another rank ended while generating.
+        """
+        pieces = self.stream(prompts, sampling_params, seed=seed)
+        outputs = {piece.index: piece.output for piece in pieces if piece.output}
+        return [outputs[index] for index in range(len(prompts))]
+
+    def stream(
+        self,
+        prompts: Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        seed: int | None = None,
+    ) -> Iterator[TextPiece]:
+        """As `generate`, yielding each prompt's new tokens after every step that gave it any. Consume it on all ranks."""
+        requests = self._read_requests(prompts, sampling_params)
+        if seed is not None:
+            self.engine.seed(seed)
+        return self._run(prompts, requests)
+
+    def _read_requests(
+        self, prompts: Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[tuple[list[int], SamplingParams]]:
+        if isinstance(prompts, str):
+            raise UserError("prompts", prompts, "is one text", "a list of texts or of lists of token ids")
+        given = sampling_params if sampling_params is not None else SamplingParams(temperature=0)
+        each = list(given) if isinstance(given, Sequence) else [given] * len(prompts)
+        if len(each) != len(prompts):
+            raise UserError("sampling_params", len(each), "are not as many as prompts", f"one, or {len(prompts)}")
+        requests = []
+        for index, (prompt, params) in enumerate(zip(prompts, each, strict=True)):
+            ids = read_prompt(f"prompts[{index}]", prompt, params, self.tokenizer, self.limits)
+            requests.append((ids, read_params(params, len(ids), self.config.vocab_size, self.limits)))
+        return requests
+
+    def _run(
+        self, prompts: Sequence[Prompt], requests: list[tuple[list[int], SamplingParams]]
+    ) -> Iterator[TextPiece]:
+        started = time.monotonic()
+        answers: dict[int, _Answer] = {}
+        with lost_peers_reported():
+            for index, (ids, params) in enumerate(requests):
+                extra_stops = self.config.eos_token_ids[1:] if params.termination_id is None else ()
+                request_id = self.engine.add(ids, params, extra_stops)
+                text = prompts[index] if isinstance(prompts[index], str) else None
+                answers[request_id] = _Answer(index, text, ids, params, self.tokenizer, started)
+            for progress in self.engine.run():
+                yield answers[progress.request_id].advance(progress)
+
+    @torch.no_grad()
+    def logits(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """Logits after every token of one sequence: float32 [len(token_ids), vocab_size], the padding stripped.
+
+        Raises:
+            UserError: no tokens, or one out of the vocabulary.
+        """
+        ids = check_token_ids("token_ids", token_ids, self.limits)
+        device = self.model.embedding.word_embeddings.weight.device
+        tokens = torch.tensor([ids], device=device)
+        positions = torch.arange(len(ids), device=device)[None]
+        with lost_peers_reported(), megatron_on_cpu():
+            return self.model(tokens, positions, None, runtime_gather_output=True)[0].float()
+
+
+class _Answer:
+    """One request on its way to a GenerationOutput."""
+
+    def __init__(
+        self,
+        index: int,
+        prompt: str | None,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        tokenizer: TextTokenizer | NoTokenizer,
+        started: float,
+    ) -> None:
+        self._index, self._prompt, self._prompt_token_ids, self._params = index, prompt, prompt_token_ids, params
+        self._tokenizer, self._stream, self._started = tokenizer, tokenizer.stream(), started
+        self._shown = 0
+        self._first: float | None = None
+
+    def advance(self, progress: Progress) -> TextPiece:
+        now = time.monotonic()
+        self._first = self._first or now
+        new = progress.token_ids[self._shown :]
+        text = "".join(self._stream.push(token) for token in new)
+        self._shown += len(new)
+        output = self._output(progress, now) if progress.finished else None
+        return TextPiece(self._index, new, text, output)
+
+    def _output(self, progress: Progress, now: float) -> GenerationOutput:
+        tokens = progress.token_ids
+        cut_short = len(tokens) < self._params.num_tokens_to_generate
+        stop_ids = {self._params.termination_id, self._tokenizer.eod}
+        ended = cut_short or (bool(tokens) and tokens[-1] in stop_ids)
+        return GenerationOutput(
+            prompt=self._prompt,
+            prompt_token_ids=self._prompt_token_ids,
+            token_ids=tokens,
+            text=self._tokenizer.detokenize(tokens),
+            logprobs=progress.log_probs if self._params.return_log_probs else None,
+            finish_reason="stop" if ended else "length",
+            ttft=self._first - self._started,
+            tpot=(now - self._first) / (len(tokens) - 1) if len(tokens) > 1 else None,
+        )

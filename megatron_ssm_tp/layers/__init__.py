@@ -1,0 +1,1 @@
+"""What each rank runs: Megatron modules for state-space models, plugged in by spec."""

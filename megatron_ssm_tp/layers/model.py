@@ -1,0 +1,95 @@
+"""A whole language model on one rank: Megatron's HybridModel with our stack and an exact vocabulary."""
+
+import torch
+from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import TransformerConfig
+
+from ..config import ModelConfig
+from ..partition.layout import check_tp_size, padded_vocab_size
+from .specs import mamba1_stack_spec
+
+
+class SSMModel(HybridModel):
+    """HybridModel whose vocabulary is the checkpoint's, while embedding and head hold rows padded to divide by TP.
+
+    Padded ids exist on no output: gathered logits [b, s, vocab_size] are cut to the real vocabulary, so they can
+    neither be sampled nor named, and the loss gives them no probability.
+    """
+
+    def __init__(self, *args, vocab_size: int, padded_vocab_size: int, **kwargs) -> None:
+        super().__init__(*args, vocab_size=padded_vocab_size, parallel_output=True, **kwargs)
+        self.vocab_size = vocab_size  # what samplers and callers see
+
+    def forward(self, *args, labels: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
+        """As HybridModel: the loss [b, s] of `labels`, or logits; gathered logits (runtime_gather_output) are cut."""
+        output = super().forward(*args, labels=labels, **kwargs)
+        if labels is None and kwargs.get("runtime_gather_output"):
+            return output[..., : self.vocab_size]
+        return output
+
+    def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Cross entropy over the real vocabulary; logits [s, b, padded / p] still lie on their ranks."""
+        first = self.pg_collection.tp.rank() * logits.shape[-1]
+        ids = torch.arange(first, first + logits.shape[-1], device=logits.device)
+        return super().compute_language_model_loss(labels, logits.masked_fill(ids >= self.vocab_size, float("-inf")))
+
+
+def transformer_config(
+    model: ModelConfig, tp: int, dtype: torch.dtype, device: torch.device, sampling_seed: int, **overrides
+) -> TransformerConfig:
+    """Megatron's config for `model`. The attention sizes are of the phantom layer alone: one value a token and rank."""
+    settings = {
+        "num_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "num_attention_heads": tp,
+        "num_query_groups": tp,
+        "kv_channels": 1,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": model.norm_eps,
+        "add_bias_linear": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "mamba_state_dim": model.mixer.d_state,
+        "params_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16,
+        "fp32_residual_connection": model.residual_in_fp32 and dtype != torch.float32,
+        "bias_dropout_fusion": False,  # torch.compile of two additions: seconds at the first token
+        "use_cpu_initialization": device.type == "cpu",
+        "perform_initialization": False,  # every value comes from the checkpoint
+        "tensor_model_parallel_size": tp,
+        "inference_sampling_seed": sampling_seed,
+    }
+    return TransformerConfig(**(settings | overrides))
+
+
+def build_model(
+    model: ModelConfig,
+    pg_collection: ProcessGroupCollection,
+    dtype: torch.dtype,
+    device: torch.device,
+    max_sequence_length: int,
+    sampling_seed: int = 0,
+    **overrides,
+) -> SSMModel:
+    """One rank's model with uninitialized parameters, named as in `partition.layout.model_parameters`.
+
+    `overrides` go to Megatron's TransformerConfig.
+
+    Raises:
+        UserError: the model cannot be cut for pg_collection.tp; the message has the legal sizes.
+    """
+    tp = pg_collection.tp.size()
+    check_tp_size(model, tp)
+    return SSMModel(
+        config=transformer_config(model, tp, dtype, device, sampling_seed, **overrides),
+        hybrid_stack_spec=mamba1_stack_spec(model.mixer),
+        vocab_size=model.vocab_size,
+        padded_vocab_size=padded_vocab_size(model, tp),
+        max_sequence_length=max_sequence_length,
+        hybrid_layer_pattern="M" * model.num_layers,
+        share_embeddings_and_output_weights=model.tied_embeddings,
+        position_embedding_type="none",
+        pg_collection=pg_collection,
+    )

@@ -1,0 +1,115 @@
+"""Every parameter of a model: its whole shape and the axis and packing by which ranks share it.
+
+Names are those of the Megatron model (`layers.model.SSMModel`). The loader reads by this table, the mixer splits its
+distributed checkpoints by it, `plan` prints it, and the tests cut Hugging Face's gradients with it.
+"""
+
+from dataclasses import dataclass
+from math import prod
+
+from ..config import Mamba1Config, ModelConfig
+from .bands import Band, Packing, Uneven
+from .plan import Plan, check_tp, legal_tp
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A parameter's whole shape; `axis` is cut by `packing`, or both are None and every rank holds all of it.
+
+    `keep_fp32`: stays float32 when the model is not (A_log and D feed exponentials and long sums).
+    """
+
+    shape: tuple[int, ...]
+    axis: int | None = None
+    packing: Packing | None = None
+    keep_fp32: bool = False
+
+    def plan(self, tp: int) -> Plan | None:
+        return None if self.packing is None else Plan(self.packing, tp)
+
+    def local_shape(self, tp: int) -> tuple[int, ...]:
+        if self.packing is None:
+            return self.shape
+        return (*self.shape[: self.axis], self.packing.local_size(tp), *self.shape[self.axis + 1 :])
+
+    def local_bytes(self, tp: int, itemsize: int) -> int:
+        return prod(self.local_shape(tp)) * (4 if self.keep_fp32 else itemsize)
+
+
+def mamba1_parameters(mixer: Mamba1Config, hidden_size: int) -> dict[str, Parameter]:
+    """Parameters of one Mamba-1 mixer by their names in `layers.mamba1_mixer.Mamba1Mixer`.
+
+    in_proj [2D, h] is packed x over z; conv1d, dt_proj, A_log and D follow x's channels; x_proj [R+2N, D] and
+    out_proj [h, D] are cut by columns, so their products are partial sums that the ranks reduce.
+    """
+    d, n, r = mixer.d_inner, mixer.d_state, mixer.dt_rank
+    xz = Packing((Band("x", d), Band("z", d)))
+    channels = Packing((Band("d_inner", d),))
+    table = {
+        "in_proj.weight": Parameter((2 * d, hidden_size), 0, xz),
+        "conv1d_weight": Parameter((d, 1, mixer.d_conv), 0, channels),
+        "x_proj.weight": Parameter((r + 2 * n, d), 1, channels),
+        "dt_proj.weight": Parameter((d, r), 0, channels),
+        "dt_proj.bias": Parameter((d,), 0, channels),
+        "A_log": Parameter((d, n), 0, channels, keep_fp32=True),
+        "D": Parameter((d,), 0, channels, keep_fp32=True),
+        "out_proj.weight": Parameter((hidden_size, d), 1, channels),
+    }
+    if mixer.conv_bias:
+        table["conv1d_bias"] = Parameter((d,), 0, channels)
+    if mixer.proj_bias:
+        table["in_proj.bias"] = Parameter((2 * d,), 0, xz)
+        table["out_proj.bias"] = Parameter((hidden_size,))
+    return table
+
+
+def layer_prefix(layer: int) -> str:
+    return f"decoder.layers.{layer}."
+
+
+def model_parameters(config: ModelConfig) -> dict[str, Parameter]:
+    """Parameters of the whole model, in the order of the forward pass."""
+    vocabulary = Packing((Band("vocab_size", config.vocab_size, uneven=Uneven.PAD),))
+    embedding = Parameter((config.vocab_size, config.hidden_size), 0, vocabulary)
+    norm = Parameter((config.hidden_size,))
+    mixer = mamba1_parameters(config.mixer, config.hidden_size)
+    table = {"embedding.word_embeddings.weight": embedding}
+    for layer in range(config.num_layers):
+        table[f"{layer_prefix(layer)}norm.weight"] = norm
+        table |= {f"{layer_prefix(layer)}mixer.{name}": parameter for name, parameter in mixer.items()}
+    table["decoder.final_norm.weight"] = norm
+    if not config.tied_embeddings:
+        table["output_layer.weight"] = embedding
+    return table
+
+
+def _packings(config: ModelConfig) -> list[Packing]:
+    # A dict keeps the order of the forward pass and drops repeats: one error names the first band in the way.
+    return list(dict.fromkeys(p.packing for p in model_parameters(config).values() if p.packing))
+
+
+def legal_tp_sizes(config: ModelConfig, limit: int = 64) -> list[int]:
+    """TP sizes up to `limit` at which this model can be cut."""
+    return legal_tp(_packings(config), limit)
+
+
+def check_tp_size(config: ModelConfig, tp: int) -> None:
+    """Raises UserError with the legal sizes unless the model can be cut for `tp` ranks."""
+    check_tp(_packings(config), tp)
+
+
+def padded_vocab_size(config: ModelConfig, tp: int) -> int:
+    """Rows of embedding and head over all ranks: the vocabulary rounded up to a multiple of `tp`."""
+    return -(-config.vocab_size // tp) * tp
+
+
+def state_shapes(mixer: Mamba1Config, tp: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """A request's state in one layer on one rank: conv [D/p, d_conv] and ssm [D/p, N]."""
+    local = mixer.d_inner // tp
+    return (local, mixer.d_conv), (local, mixer.d_state)
+
+
+def state_bytes(config: ModelConfig, tp: int, conv_itemsize: int, ssm_itemsize: int = 4) -> int:
+    """Bytes of state a request keeps on one rank, all layers."""
+    conv, ssm = state_shapes(config.mixer, tp)
+    return config.num_layers * (prod(conv) * conv_itemsize + prod(ssm) * ssm_itemsize)

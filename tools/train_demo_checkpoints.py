@@ -1,0 +1,275 @@
+"""Train the small checkpoints of examples/checkpoints/ from one plain-text file.
+
+The models are Hugging Face `MambaForCausalLM` and `FalconMambaForCausalLM`, trained and saved by transformers alone:
+nothing of megatron_ssm_tp takes part, so they are an independent reference for it. With mamba-ssm and causal-conv1d
+installed on a GPU a model takes about a minute; without them transformers falls back to a loop over time, which works
+anywhere and is slow.
+
+    python tools/train_demo_checkpoints.py --text kjv.txt --out examples/checkpoints
+"""
+
+import argparse
+import json
+import math
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
+from transformers import (
+    FalconMambaConfig,
+    FalconMambaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+END_OF_TEXT = "<|endoftext|>"
+VOCAB_SIZE = 1531  # a prime: no tensor-parallel size divides it, so every run exercises vocabulary padding
+HELD_OUT_FROM = "1 Peter 1"  # the first chapter heading of the evaluation part
+SAMPLE_PROMPT = "And it came to pass"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One checkpoint to train: the folder it goes to and the classes and sizes that make it."""
+
+    folder: str
+    config: type
+    model: type
+    layers: int
+    tied: bool
+
+
+ARCHITECTURES = {
+    "mamba": Architecture("mamba-kjv-2.7m", MambaConfig, MambaForCausalLM, layers=6, tied=True),
+    "falcon_mamba": Architecture(
+        "falcon-mamba-kjv-2.7m", FalconMambaConfig, FalconMambaForCausalLM, layers=5, tied=False
+    ),
+}
+
+
+def chapters(text: str) -> list[tuple[str, str]]:
+    """Split the file into (heading, body) pairs; verse numbers and indentation are dropped, one verse a line."""
+    parts = re.split(r"^(\S.* \d+)$", text, flags=re.MULTILINE)
+    bodies = (re.sub(r"^ *\d+ ", "", body, flags=re.MULTILINE).strip() for body in parts[2::2])
+    return list(zip(parts[1::2], bodies, strict=True))
+
+
+def split_held_out(text: str) -> tuple[list[str], list[str]]:
+    """Return training and held-out chapters as plain texts, split at HELD_OUT_FROM."""
+    pairs = chapters(text)
+    headings = [heading for heading, _ in pairs]
+    if HELD_OUT_FROM not in headings:
+        raise SystemExit(f"--text: no chapter heading {HELD_OUT_FROM!r} to hold out from")
+    at = headings.index(HELD_OUT_FROM)
+    texts = [f"{heading}\n{body}\n" for heading, body in pairs]
+    return texts[:at], texts[at:]
+
+
+def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    """Byte-level BPE over the training part; END_OF_TEXT is id 0 and serves as bos, eos and pad."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=VOCAB_SIZE, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
+    )
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor:
+    """All texts as one stream of token ids, each followed by END_OF_TEXT: int64 [tokens]."""
+    stream = [token for ids in tokenizer(texts)["input_ids"] for token in (*ids, tokenizer.eos_token_id)]
+    return torch.tensor(stream)
+
+
+def batches(stream: torch.Tensor, args: argparse.Namespace, generator: torch.Generator) -> Iterator[torch.Tensor]:
+    """Random windows of the stream, forever: int64 [batch_size, seq_len + 1]."""
+    offsets = torch.arange(args.seq_len + 1)
+    while True:
+        starts = torch.randint(len(stream) - args.seq_len, (args.batch_size, 1), generator=generator)
+        yield stream[starts + offsets]
+
+
+def next_token_loss(model: torch.nn.Module, window: torch.Tensor) -> torch.Tensor:
+    """Mean cross entropy, in nats a token, of window[:, 1:] given what stands before."""
+    logits = model(window[:, :-1], use_cache=False).logits.float()
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), window[:, 1:].flatten())
+
+
+@torch.no_grad()
+def evaluate(model: torch.nn.Module, stream: torch.Tensor, seq_len: int) -> float:
+    """Nats a token over the whole stream, in windows of seq_len that each start from an empty state."""
+    model.eval()
+    windows = stream[: (len(stream) - 1) // seq_len * seq_len + 1].unfold(0, seq_len + 1, seq_len)
+    device = next(model.parameters()).device
+    losses = [next_token_loss(model, chunk.to(device)).item() * len(chunk) for chunk in windows.split(16)]
+    model.train()
+    return sum(losses) / len(windows)
+
+
+def learning_rate(step: int, args: argparse.Namespace) -> float:
+    """Linear warm-up over 5 % of the steps, then a cosine down to a tenth."""
+    warmup = max(1, args.steps // 20)
+    if step < warmup:
+        return args.lr * (step + 1) / warmup
+    progress = (step - warmup) / max(1, args.steps - warmup)
+    return args.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+
+
+def make_model(arch: Architecture, args: argparse.Namespace) -> torch.nn.Module:
+    torch.manual_seed(args.seed)
+    config = arch.config(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=args.hidden_size,
+        num_hidden_layers=arch.layers,
+        tie_word_embeddings=arch.tied,
+        initializer_range=0.02,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    return arch.model(config)
+
+
+def train(model: torch.nn.Module, train_part: torch.Tensor, held_out: torch.Tensor, args: argparse.Namespace) -> None:
+    """AdamW on random windows; matrices decay, the rest (norms, biases, A_log, D) does not."""
+    decayed = [p for n, p in model.named_parameters() if p.dim() == 2 and "A_log" not in n]
+    kept = [p for n, p in model.named_parameters() if p.dim() != 2 or "A_log" in n]
+    groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95))
+    device = next(model.parameters()).device
+    source = batches(train_part, args, torch.Generator().manual_seed(args.seed))
+    model.train()
+    progress = tqdm(range(args.steps), disable=None, desc=model.config.model_type)
+    for step in progress:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, args)
+        loss = next_token_loss(model, next(source).to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if (step + 1) % args.eval_every == 0 or step + 1 == args.steps:
+            held = evaluate(model, held_out, args.seq_len)
+            tqdm.write(f"{model.config.model_type} step {step + 1} loss {loss.item():.3f} held-out {held:.3f}")
+
+
+CARD = """---
+library_name: transformers
+license: mit
+---
+# {folder}
+
+A {parameters:.2f} M parameter `{model_type}` model for demonstrations and tests of tensor parallelism. It writes
+English in the manner of its one source and knows nothing else.
+
+| | |
+|---|---|
+| data | King James Bible, plain text (public domain), Genesis to James: {train_tokens:,} tokens |
+| held out | 1 Peter to Revelation: {held_tokens:,} tokens |
+| tokenizer | byte-level BPE, {vocab_size} entries, trained on the training part |
+| size | {layers} layers, hidden {hidden_size}, d_inner {d_inner}, embeddings {tied} |
+| training | {steps} steps of {batch_size} x {seq_len} tokens ({epochs:.0f} epochs), AdamW, peak rate {lr}, weight decay {weight_decay} |
+| held-out loss of the stored bfloat16 weights | {held_loss:.3f} nats a token ({bits:.3f} bits a byte), windows of {seq_len} |
+| time | {minutes:.1f} min on {hardware} |
+
+`python tools/train_demo_checkpoints.py --text kjv.txt --architectures {name}` makes it anew.
+
+Sample, temperature 0.7, after "{prompt}":
+
+> {sample}
+"""
+
+
+def sample_text(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, seed: int) -> str:
+    torch.manual_seed(seed)
+    inputs = tokenizer(SAMPLE_PROMPT, return_tensors="pt").to(model.device)
+    ids = model.generate(
+        inputs.input_ids,
+        attention_mask=torch.ones_like(inputs.input_ids),
+        max_new_tokens=120,
+        do_sample=True,
+        temperature=0.7,
+        top_k=0,
+    )
+    return tokenizer.decode(ids[0], skip_special_tokens=True)
+
+
+def save(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, folder: Path, card: str) -> None:
+    """Write beside the target and swap in at the end: an interrupted run leaves the old checkpoint whole."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    (partial / "README.md").write_text(card, encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def train_one(name: str, texts: tuple[list[str], list[str]], args: argparse.Namespace) -> None:
+    arch = ARCHITECTURES[name]
+    tokenizer = train_tokenizer(texts[0])
+    train_part, held_out = (encode(tokenizer, part) for part in texts)
+    device = torch.device(args.device)
+    started = time.monotonic()
+    model = make_model(arch, args).to(device)
+    train(model, train_part, held_out, args)
+    model.to(torch.bfloat16).float()  # what is stored is bfloat16, so that is what is evaluated
+    held_loss = evaluate(model, held_out, args.seq_len)
+    held_bytes = sum(len(text.encode()) for text in texts[1])
+    card = CARD.format(
+        **vars(args),
+        name=name,
+        folder=arch.folder,
+        parameters=model.num_parameters() / 1e6,
+        model_type=model.config.model_type,
+        train_tokens=len(train_part),
+        held_tokens=len(held_out),
+        vocab_size=VOCAB_SIZE,
+        layers=arch.layers,
+        d_inner=model.config.intermediate_size,
+        tied="tied" if arch.tied else "untied",
+        epochs=args.steps * args.batch_size * args.seq_len / len(train_part),
+        held_loss=held_loss,
+        bits=held_loss * len(held_out) / held_bytes / math.log(2),
+        minutes=(time.monotonic() - started) / 60,
+        hardware=torch.cuda.get_device_name() if device.type == "cuda" else "a CPU",
+        prompt=SAMPLE_PROMPT,
+        sample=sample_text(model.eval(), tokenizer, args.seed).replace("\n", "\n> "),
+    )
+    save(model.to(torch.bfloat16), tokenizer, Path(args.out) / arch.folder, card)
+    print(json.dumps({"checkpoint": arch.folder, "held_out_loss": round(held_loss, 4)}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", required=True, help="the King James Bible as plain text, chapter headings on lines")
+    parser.add_argument("--out", default="examples/checkpoints", help="one folder a model is written below this one")
+    parser.add_argument("--architectures", nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--hidden-size", type=int, default=240)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--weight-decay", type=float, default=0.1)
+    parser.add_argument("--eval-every", type=int, default=75)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    torch.set_float32_matmul_precision("high")
+    texts = split_held_out(Path(args.text).read_text(encoding="utf-8"))
+    for name in args.architectures:
+        train_one(name, texts, args)
+
+
+if __name__ == "__main__":
+    main()
