@@ -1,4 +1,4 @@
-"""From lazy tensors on disk to one rank's parameters: checked before the first byte is read, then a tensor at a time."""
+"""From lazy tensors on disk to one rank's parameters: all checked before the first is read, then one at a time."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

@@ -86,9 +86,7 @@ class DynamicEngine:
                     self._engine.reset()
 
     @staticmethod
-    def _changes(
-        requests: list[DynamicInferenceRequest], seen: dict[int, int], finished: bool
-    ) -> Iterator[Progress]:
+    def _changes(requests: list[DynamicInferenceRequest], seen: dict[int, int], finished: bool) -> Iterator[Progress]:
         for request in requests:
             count = len(request.generated_tokens)
             if finished or count != seen.get(request.request_id, 0):

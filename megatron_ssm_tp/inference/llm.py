@@ -154,9 +154,7 @@ class LLM:
             requests.append((ids, read_params(params, len(ids), self.config.vocab_size, self.limits)))
         return requests
 
-    def _run(
-        self, prompts: Sequence[Prompt], requests: list[tuple[list[int], SamplingParams]]
-    ) -> Iterator[TextPiece]:
+    def _run(self, prompts: Sequence[Prompt], requests: list[tuple[list[int], SamplingParams]]) -> Iterator[TextPiece]:
         started = time.monotonic()
         answers: dict[int, _Answer] = {}
         with lost_peers_reported():

@@ -281,9 +281,7 @@ class Mamba1Mixer(MegatronModule):
 
     def ssm_prefill(self, x, dt, B, C, z, states, slots, cu_seqlens) -> torch.Tensor:
         """Packed prompts or parts of them: x, dt, z [T, D/p], B, C [T, N]; states from and into the slots."""
-        return ops.selective_scan_varlen(
-            x, dt, self._A, B, C, self.D, z, self.dt_proj.bias, states, slots, cu_seqlens
-        )
+        return ops.selective_scan_varlen(x, dt, self._A, B, C, self.D, z, self.dt_proj.bias, states, slots, cu_seqlens)
 
     # Distributed checkpoints
 

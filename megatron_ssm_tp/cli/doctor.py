@@ -1,0 +1,77 @@
+"""`doctor`: what is installed, what the machine has, and what is missing for what."""
+
+import argparse
+import platform
+from importlib import metadata
+
+from .console import say
+
+# distribution, what it is for, whether anything today stops without it
+_LIBRARIES = (
+    ("torch", "everything", True),
+    ("megatron-core", "everything", True),
+    ("safetensors", "reading checkpoints", True),
+    ("tokenizers", "text prompts (token ids work without)", True),
+    ("triton", "nothing yet", False),
+    ("transformers", "tests and tools/train_demo_checkpoints.py", False),
+    ("mamba-ssm", "training the demo checkpoints fast on a GPU", False),
+    ("causal-conv1d", "training the demo checkpoints fast on a GPU", False),
+    ("transformer-engine", "nothing: our norms and linears do without", False),
+    ("flash-attn", "nothing: these models have no attention", False),
+)
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    subparsers.add_parser("doctor", help="versions, kernels and GPUs found, and what is missing").set_defaults(run=run)
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def run(args: argparse.Namespace) -> None:
+    say(f"megatron_ssm_tp {_version('megatron_ssm_tp')}, Python {platform.python_version()}, {platform.platform()}")
+    say("\nlibraries")
+    missing = []
+    for name, purpose, required in _LIBRARIES:
+        version = _version(name)
+        if version is None and required:
+            missing.append((name, purpose))
+        say(f"  {name:20} {version or 'not found':14} for {purpose}")
+    _kernels()
+    _devices()
+    say("\nmissing")
+    for name, purpose in missing:
+        say(f"  {name}: without it no {purpose}")
+    if not missing:
+        say("  nothing that today's features need")
+
+
+def _kernels() -> None:
+    say("\nkernels in use")
+    say("  selective scan, convolution and step: ops.reference (float32 torch), on CPU and GPU")
+
+
+def _devices() -> None:
+    say("\ndevices")
+    if _version("torch") is None:
+        say("  unknown without torch")
+        return
+    import torch
+    import torch.distributed as dist
+
+    found = [name for name, there in (("nccl", dist.is_nccl_available()), ("gloo", dist.is_gloo_available())) if there]
+    if not torch.cuda.is_available():
+        say(f"  no CUDA device: tensor parallelism runs on the CPU over gloo (torch has {', '.join(found)})")
+        return
+    count = torch.cuda.device_count()
+    for index in range(count):
+        device = torch.cuda.get_device_properties(index)
+        links = [str(peer) for peer in range(count) if peer != index and torch.cuda.can_device_access_peer(index, peer)]
+        reach = f"peer access to {', '.join(links)}" if links else "no peer access"
+        memory = device.total_memory / 2**30
+        say(f"  cuda:{index}  {device.name}, {memory:.0f} GiB, sm_{device.major}{device.minor}, {reach}")
+    say(f"  CUDA {torch.version.cuda}, collectives: {', '.join(found)}")
