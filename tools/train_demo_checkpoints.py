@@ -178,8 +178,9 @@ English in the manner of its one source and knows nothing else.
 | held out | 1 Peter to Revelation: {held_tokens:,} tokens |
 | tokenizer | byte-level BPE, {vocab_size} entries, trained on the training part |
 | size | {layers} layers, hidden {hidden_size}, d_inner {d_inner}, embeddings {tied} |
-| training | {steps} steps of {batch_size} x {seq_len} tokens ({epochs:.0f} epochs), AdamW, peak rate {lr}, weight decay {weight_decay} |
-| held-out loss of the stored bfloat16 weights | {held_loss:.3f} nats a token ({bits:.3f} bits a byte), windows of {seq_len} |
+| training | {steps} steps of {batch_size} x {seq_len} tokens ({epochs:.0f} epochs) |
+| optimizer | AdamW, peak rate {lr}, weight decay {weight_decay} |
+| held-out loss, stored bfloat16 weights | {held_loss:.3f} nats a token ({bits:.3f} bits a byte), windows of {seq_len} |
 | time | {minutes:.1f} min on {hardware} |
 
 `python tools/train_demo_checkpoints.py --text kjv.txt --architectures {name}` makes it anew.

@@ -113,11 +113,9 @@ def _report(args: argparse.Namespace, llm, outputs: list, seconds: float) -> Non
     first = statistics.median(output.ttft for output in outputs)
     tp = llm.model.pg_collection.tp.size()
     if not args.json:
-        say(
-            f"{tokens} tokens in {seconds:.2f} s on {tp} rank{'s' if tp > 1 else ''}: {tokens / seconds:.1f} tokens/s; ",
-            "",
-        )
-        say(f"time to first token {first * 1e3:.0f} ms (median of {len(outputs)})")
+        ranks = f"{tp} rank{'s' if tp > 1 else ''}"
+        latency = f"time to first token {first * 1e3:.0f} ms (median of {len(outputs)})"
+        say(f"{tokens} tokens in {seconds:.2f} s on {ranks}: {tokens / seconds:.1f} tokens/s; {latency}")
         return
     report = {
         "load": args.load,

@@ -3,7 +3,6 @@
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -11,8 +10,6 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from ..errors import PeerLostError, UserError
-
-T = TypeVar("T")
 
 
 def local_device() -> torch.device:
@@ -58,7 +55,7 @@ def tensor_parallel_groups(tp: int | None) -> ProcessGroupCollection:
     return groups
 
 
-def agree(step: Callable[[], T], group: dist.ProcessGroup) -> T:
+def agree[T](step: Callable[[], T], group: dist.ProcessGroup) -> T:
     """Run `step` on every rank of `group`; if it raises UserError on any, raise the first rank's on all.
 
     A file that only one node cannot see thus ends the run everywhere, with one message, instead of a hang.

@@ -133,7 +133,7 @@ class LLM:
         *,
         seed: int | None = None,
     ) -> Iterator[TextPiece]:
-        """As `generate`, yielding each prompt's new tokens after every step that gave it any. Consume it on all ranks."""
+        """As `generate`, yielding each prompt's new tokens after every step; consume it on all ranks."""
         requests = self._read_requests(prompts, sampling_params)
         if seed is not None:
             self.engine.seed(seed)

@@ -167,7 +167,7 @@ def selective_state_step(
     states: torch.Tensor,
     slots: torch.Tensor,
 ) -> torch.Tensor:
-    """One token for each of s requests: x, dt, z [s, D], B, C [s, N], states [slots, D, N] in place; returns y [s, D]."""
+    """One token for each of s requests: x, dt, z [s, D], B, C [s, N], states [slots, D, N] in place; y [s, D]."""
     x, dt, B, C, z = (tokens[:, None] for tokens in (x, dt, B, C, z))
     y, final = selective_scan(x, dt, A, B, C, D, z, dt_bias, states[slots])
     states[slots] = final.to(states.dtype)

@@ -24,7 +24,7 @@ def cut(tensor: torch.Tensor, axis: int, plan: Plan, rank: int) -> torch.Tensor:
 
 
 def merge(shards: Sequence[torch.Tensor], axis: int, plan: Plan) -> torch.Tensor:
-    """The whole tensor from the shards of all plan.tp ranks, padding dropped. Replicas are taken from their first holder."""
+    """The whole tensor from the shards of all plan.tp ranks, padding dropped; replicas come from their first holder."""
     whole = _zeros_like(shards[0], axis, plan.packing.size)
     for rank in reversed(range(plan.tp)):
         for piece in plan.pieces(rank):

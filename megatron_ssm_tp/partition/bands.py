@@ -24,7 +24,7 @@ class Uneven(Enum):
 
 @dataclass(frozen=True)
 class Band:
-    """A run of `size` elements made of `units` equal atoms (heads, groups) that no cut may split; None: single elements."""
+    """A run of `size` elements in `units` equal atoms (heads, groups) that no cut may split; None: single elements."""
 
     name: str
     size: int
@@ -55,10 +55,8 @@ class Band:
         if not self.allows(tp):
             raise ValueError(f"band {self.name}: {self.atoms} units cannot be shared by {tp} ranks")
         local = self.local_size(tp)
-        if self.uneven is Uneven.REPLICATE and self.atoms < tp:
-            start = rank * self.atoms // tp * local
-        else:
-            start = rank * local
+        shared = self.uneven is Uneven.REPLICATE and self.atoms < tp
+        start = (rank * self.atoms // tp if shared else rank) * local
         return min(start, self.size), min(start + local, self.size)
 
 
