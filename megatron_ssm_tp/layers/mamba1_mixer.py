@@ -286,7 +286,7 @@ class Mamba1Mixer(MegatronModule):
     # Distributed checkpoints
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
-        """Megatron's sharded state dict; in_proj is stored by band (`in_proj.weight.x`, `.z`), so any TP can load it."""
+        """Megatron's sharded state dict; in_proj is stored by band (`in_proj.weight.x`, `.z`): any TP can load it."""
         metadata = ensure_metadata_has_dp_cp_group(metadata)
         own: dict = {}
         self._save_to_state_dict(own, "", keep_vars=True)
