@@ -62,3 +62,86 @@ def _sum_sequence_parallel_gradients(model: SSMModel) -> None:
     for parameter in model.parameters():
         if getattr(parameter, "sequence_parallel", False):
             torch.distributed.all_reduce(parameter.grad, group=parallel_state.get_tensor_model_parallel_group())
+
+
+def generate(path: Path, prompts: list, params: dict, seed: int | None = None, **limits: int) -> list[dict]:
+    """LLM.generate with SamplingParams(**params); outputs as dicts."""
+    outputs = llm(path, **limits).generate(prompts, SamplingParams(**params), seed=seed)
+    return [vars(output) for output in outputs]
+
+
+def states_after(path: Path, prompt: list[int], chunk: int, steps: int) -> tuple[list[int], np.ndarray, np.ndarray]:
+    """Prefill `prompt` in chunks of at most `chunk` tokens, decode `steps` tokens more; the request's states then."""
+    engine = llm(path, max_requests=4, max_tokens=chunk).engine
+    params = SamplingParams(top_k=1, num_tokens_to_generate=steps, termination_id=-1)
+    engine.add(prompt, params)
+    # The last step's token is sampled but not fed back: the states are those after prompt and steps - 1 tokens.
+    tokens = [progress.token_ids for progress in engine.run()][-1]
+    context = engine.context
+    slots = context.mamba_metadata
+    used = int(slots.mamba_state_free_slots[slots.mamba_state_free_slot_count - 1])  # freed last, not yet cleared
+    return tokens, context.mamba_conv_states[:, used].numpy().copy(), context.mamba_ssm_states[:, used].numpy().copy()
+
+
+def collectives_of_a_step(path: Path, prompts: list[list[int]], count: int) -> list[list[tuple[str, tuple[int, ...]]]]:
+    """For each forward pass of a generation, every collective of the decoder's layers: its name and tensor shape."""
+    import torch.distributed as dist
+
+    model = llm(path)
+    passes: list[list[tuple[str, tuple[int, ...]]]] = []
+    inside = False
+
+    def enter(*_) -> None:
+        nonlocal inside
+        inside = True
+        passes.append([])
+
+    def leave(*_) -> None:
+        nonlocal inside
+        inside = False
+
+    def recorded(name: str):
+        original = getattr(dist, name)
+
+        def call(*args, **kwargs):
+            if inside:
+                tensor = next(arg for arg in args if isinstance(arg, torch.Tensor))
+                passes[-1].append((name, tuple(tensor.shape)))
+            return original(*args, **kwargs)
+
+        return original, call
+
+    names = [name for name in _COLLECTIVES if hasattr(dist, name)]
+    saved = {}
+    for name in names:
+        saved[name], wrapper = recorded(name)
+        setattr(dist, name, wrapper)
+    hooks = [model.model.decoder.register_forward_pre_hook(enter), model.model.decoder.register_forward_hook(leave)]
+    try:
+        model.generate(prompts, SamplingParams(temperature=0, num_tokens_to_generate=count, termination_id=-1))
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for name in names:
+            setattr(dist, name, saved[name])
+    return passes
+
+
+_COLLECTIVES = (
+    "all_reduce",
+    "all_gather",
+    "all_gather_into_tensor",
+    "reduce_scatter",
+    "reduce_scatter_tensor",
+    "all_to_all",
+    "all_to_all_single",
+    "broadcast",
+    "reduce",
+    "gather",
+    "scatter",
+    "send",
+    "recv",
+    "isend",
+    "irecv",
+    "barrier",
+)

@@ -53,6 +53,7 @@ class Ranks:
 
     def collect(self, ranks: range | list[int], timeout: float) -> list[Any]:
         found: dict[int, Any] = {}
+        errors: list[str] = []
         deadline = time.monotonic() + timeout
         while len(found) < len(ranks):
             try:
@@ -60,8 +61,10 @@ class Ranks:
             except queue.Empty:
                 self.stop()
                 raise AssertionError(f"no answer from ranks {set(ranks) - found.keys()} in {timeout} s") from None
-            assert error is None, f"rank {rank} of {self.size}:\n{error}"
             found[rank] = result
+            if error is not None:
+                errors.append(f"rank {rank} of {self.size}:\n{error}")
+        assert not errors, "\n".join(errors)
         return [found[rank] for rank in ranks]
 
     def stop(self) -> None:

@@ -1,0 +1,20 @@
+"""What the layers send: two all-reduces each, of R + 2N and h values a token, and nothing else."""
+
+import jobs
+import pytest
+
+LAYERS, HIDDEN, BCDT = 3, 44, 3 + 2 * 5
+
+
+@pytest.mark.parametrize("family", ["mamba", "falcon_mamba"])
+@pytest.mark.parametrize("tp", [1, 2, 4], ids=lambda tp: f"TP{tp}")
+def test_two_all_reduces_a_layer(world, tiny, family, tp):
+    prompts = [[1, 2, 3], [4] * 70]
+    for passes in world(tp).run(jobs.collectives_of_a_step, tiny(family).path, prompts, 3):
+        assert len(passes) == 3  # both prompts prefilled together, then two decode steps
+        for sent in passes:
+            if tp == 1:
+                assert sent == []
+                continue
+            tokens = sent[0][1][0]
+            assert sent == LAYERS * [("all_reduce", (tokens, 1, BCDT)), ("all_reduce", (tokens, 1, HIDDEN))]
