@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import statistics
 import time
 import warnings
@@ -50,9 +51,15 @@ def _read_prompts(args: argparse.Namespace) -> list[str]:
     return prompts
 
 
+def _quiet_imports() -> None:
+    """Megatron's imports tell of Apex and Transformer Engine, torch's of a CUDA that is not there; neither is needed."""
+    warnings.filterwarnings("ignore")
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+
+
 def run(args: argparse.Namespace) -> None:
     prompts = _read_prompts(args)
-    warnings.filterwarnings("ignore")  # what Megatron's imports say of libraries that are not needed here
+    _quiet_imports()
     from .. import LLM, CacheLimits, SamplingParams
 
     sampled = bool(args.top_k or args.top_p)

@@ -29,9 +29,13 @@ def _inverse_softplus_of_dt(bias: torch.Tensor) -> None:
 
 @torch.no_grad()
 def initialize_mamba1(mixer: "Mamba1Mixer") -> None:
-    """Fill conv1d, dt_proj, A_log and D. The other projections are initialized by their own classes."""
+    """Fill conv1d, dt_proj, A_log, D and in_proj; x_proj and out_proj were filled by their own classes.
+
+    in_proj's class cut its initial values contiguously, not by band: each rank count had another model.
+    """
     dims = mixer.dims
     dt_bound = dims.dt_rank**-0.5
+    _draw(mixer, "in_proj.weight", mixer.config.init_method)
     _draw(mixer, "conv1d_weight", lambda t: _conv_uniform(t, dims.d_conv))
     if dims.conv_bias:
         _draw(mixer, "conv1d_bias", lambda t: _conv_uniform(t, dims.d_conv))
