@@ -296,3 +296,20 @@ def error_seen_by_one_rank(path: Path, missing_on: int) -> str:
     except UserError as error:
         return str(error)
     raise AssertionError("no error")
+
+
+def state_between_calls(path: Path) -> list[bool]:
+    """After loading, in the middle of a stream and after it: whether torch.cuda and Megatron's flag are untouched."""
+    from megatron.core.inference.utils import InferenceMode
+
+    def untouched() -> bool:
+        return torch.cuda.Event.__module__.startswith("torch") and not InferenceMode.is_active()
+
+    model = llm(path)
+    found = [untouched()]
+    stream = model.stream([[1, 2, 3]], SamplingParams(temperature=0, num_tokens_to_generate=5, termination_id=-1))
+    next(stream)
+    found.append(untouched())
+    stream.close()
+    model.generate([[1]], SamplingParams(temperature=0, num_tokens_to_generate=2, termination_id=-1))
+    return [*found, untouched()]

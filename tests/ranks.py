@@ -1,4 +1,4 @@
-"""Real gloo ranks that live as long as the test session: importing torch and Megatron once costs more than most tests."""
+"""Real gloo ranks that live as long as the test session: their imports cost more than most tests."""
 
 import multiprocessing as mp
 import os

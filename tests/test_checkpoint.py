@@ -201,7 +201,9 @@ def test_missing_extra_and_misshapen_tensors(tiny, tmp_path):
     edit_tensors(path, lambda tensors: tensors.pop(name))
     with pytest.raises(UserError, match=rf"tensor='{name}': is missing from the checkpoint; legal: shape \[88\]"):
         open_model(path)
-    edit_tensors(path, lambda tensors: tensors.update({name: torch.ones(88), "backbone.layers.3.mixer.D": torch.ones(88)}))
+    edit_tensors(
+        path, lambda tensors: tensors.update({name: torch.ones(88), "backbone.layers.3.mixer.D": torch.ones(88)})
+    )
     with pytest.raises(UserError, match=r"tensor='backbone.layers.3.mixer.D': is not part of this mamba model"):
         open_model(path)
 

@@ -24,9 +24,9 @@ def test_torch_dist_saved_at_2_loads_at_1_2_and_4(world, tiny, tmp_path, family,
 def test_torch_dist_refuses_to_overwrite_and_to_load_another_model(world, tiny, tmp_path):
     mamba, falcon = tiny("mamba").path, tiny("falcon_mamba").path
     world(2).run(jobs.save_torch_dist, mamba, tmp_path / "saved")
-    with pytest.raises(AssertionError, match="save='.*saved': exists; legal: a path that does not"):
+    with pytest.raises(AssertionError, match=r"save='.*saved': exists; legal: a path that does not"):
         world(2).run(jobs.save_torch_dist, mamba, tmp_path / "saved")
-    with pytest.raises(AssertionError, match="load='.*saved': is of another model"):
+    with pytest.raises(AssertionError, match=r"load='.*saved': is of another model"):
         world(2).run(jobs.logits_from_torch_dist, falcon, tmp_path / "saved", [1])
     with pytest.raises(AssertionError, match="is not a torch_dist checkpoint"):
         world(2).run(jobs.logits_from_torch_dist, falcon, tmp_path / "nothing", [1])

@@ -52,7 +52,7 @@ def _read_prompts(args: argparse.Namespace) -> list[str]:
 
 
 def _quiet_imports() -> None:
-    """Megatron's imports tell of Apex and Transformer Engine, torch's of a CUDA that is not there; neither is needed."""
+    """Megatron's imports tell of Apex and Transformer Engine, torch's of a missing CUDA; none of it is needed."""
     warnings.filterwarnings("ignore")
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 

@@ -24,12 +24,16 @@ class Uneven(Enum):
 
 @dataclass(frozen=True)
 class Band:
-    """A run of `size` elements in `units` equal atoms (heads, groups) that no cut may split; None: single elements."""
+    """A run of `size` elements in `units` equal atoms (heads, groups) that no cut may split; None: single elements.
+
+    `dimension` is the configuration's name for the number of atoms, where that is not the band's own name.
+    """
 
     name: str
     size: int
     units: int | None = None
     uneven: Uneven = Uneven.REFUSE
+    dimension: str | None = None
 
     def __post_init__(self) -> None:
         if self.size < 1 or self.atoms < 1 or self.size % self.atoms:

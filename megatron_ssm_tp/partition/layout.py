@@ -43,7 +43,7 @@ def mamba1_parameters(mixer: Mamba1Config, hidden_size: int) -> dict[str, Parame
     out_proj [h, D] are cut by columns, so their products are partial sums that the ranks reduce.
     """
     d, n, r = mixer.d_inner, mixer.d_state, mixer.dt_rank
-    xz = Packing((Band("x", d), Band("z", d)))
+    xz = Packing((Band("x", d, dimension="d_inner"), Band("z", d, dimension="d_inner")))
     channels = Packing((Band("d_inner", d),))
     table = {
         "in_proj.weight": Parameter((2 * d, hidden_size), 0, xz),

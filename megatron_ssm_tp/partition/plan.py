@@ -93,7 +93,7 @@ def check_tp(packings: Iterable[Packing], tp: int) -> None:
     for packing in packings:
         for band in packing.bands:
             if not band.allows(tp):
-                problem = f"does not divide {band.name} ({band.atoms})"
+                problem = f"does not divide {band.dimension or band.name} ({band.atoms})"
                 raise UserError("tensor_model_parallel_size", tp, problem, _names(legal_tp(packings)))
 
 

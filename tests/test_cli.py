@@ -1,0 +1,202 @@
+"""The command line as its users meet it: whole processes, one a rank."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+CHECKPOINTS = Path(__file__).parent.parent / "examples" / "checkpoints"
+MAMBA, FALCON = CHECKPOINTS / "mamba-kjv-2.7m", CHECKPOINTS / "falcon-mamba-kjv-2.7m"
+COMMAND = [sys.executable, "-m", "megatron_ssm_tp"]
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def start_ranks(size: int, *args: object) -> list[subprocess.Popen]:
+    """The command on `size` ranks, with torchrun's environment but no torchrun: nobody ends a rank but itself."""
+    common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(size)}
+    return [
+        subprocess.Popen(
+            [*COMMAND, *map(str, args)],
+            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(size)
+    ]
+
+
+def run(*args: object) -> subprocess.CompletedProcess:
+    """One plain process, no torchrun."""
+    return subprocess.run([*COMMAND, *map(str, args)], capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_torchrun_generates_what_one_process_generates(tmp_path):
+    prompts = ["And God said", "Blessed are the"]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts) + "\n\n")
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        str(free_port()),
+    ]
+    options = ["--dtype", "float32", "--max-new-tokens", "40", "--json"]
+    args = ["--load", FALCON, "--tensor-model-parallel-size", "2", "--prompt-file", tmp_path / "prompts.txt", *options]
+    two = subprocess.run(
+        [*torchrun, "-m", "megatron_ssm_tp", "generate", *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=True,
+    )
+    one = run("generate", "--load", FALCON, "--prompt", prompts[0], "--prompt", prompts[1], *options)
+    two_report, one_report = json.loads(two.stdout), json.loads(one.stdout)  # one object: only rank 0 speaks
+    assert two_report["tensor_model_parallel_size"] == 2 and one_report["tensor_model_parallel_size"] == 1
+    assert [out["text"] for out in two_report["outputs"]] == [out["text"] for out in one_report["outputs"]]
+    assert two_report["tokens_per_second"] > 0 and two_report["time_to_first_token"] > 0
+    assert "\n" not in one.stderr.strip(), "a run that goes well says nothing on stderr"
+
+
+def test_text_comes_in_the_order_of_the_prompts():
+    answer = run("generate", "--load", MAMBA, "--prompt", "And God said", "--prompt", "Noah", "--max-new-tokens", 30)
+    first, second, speed = answer.stdout.split("\n\n")
+    assert first.startswith("And God said") and second.startswith("Noah")
+    assert "60 tokens in" in speed and "tokens/s; time to first token" in speed
+    assert answer.returncode == 0
+
+
+def test_sampling_options_and_seed():
+    options = ["--prompt", "And", "--temperature", 0.8, "--top-p", 0.9, "--max-new-tokens", 20, "--json"]
+    texts = [
+        json.loads(run("generate", "--load", MAMBA, "--seed", seed, *options).stdout)["outputs"][0]["text"]
+        for seed in (1, 1, 2)
+    ]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def without_tokenizer(path: Path) -> Path:
+    (path / "tokenizer.json").unlink()
+    return path
+
+
+def truncated(path: Path) -> Path:
+    content = (path / "model.safetensors").read_bytes()
+    (path / "model.safetensors").write_bytes(content[:100_000])
+    return path
+
+
+def of_another_type(path: Path) -> Path:
+    config = json.loads((path / "config.json").read_text()) | {"model_type": "jamba"}
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+def misshapen(path: Path) -> Path:
+    config = json.loads((path / "config.json").read_text()) | {"state_size": 8}
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("damage", "options", "message"),
+    [
+        (None, ["--tensor-model-parallel-size", 4], "tensor_model_parallel_size=4: is not the world size; legal: 2"),
+        (of_another_type, [], "model_type='jamba': is not a supported family; legal: mamba, falcon_mamba"),
+        (truncated, [], "model.safetensors': cannot be read"),
+        (misshapen, [], "has shape [47, 480]; legal: [31, 480], from config.json"),
+        (without_tokenizer, [], "has no tokenizer.json, so text cannot be read"),
+        (None, ["--prompt", ""], "prompts[1]='': is empty; legal: at least one token"),
+        (None, ["--max-sequence-length", 8, "--prompt", "In the beginning was the Word, and"], "is longer than the"),
+        (None, ["--dtype", "int4"], "dtype='int4': cannot be run; legal: auto, float32, bfloat16, float16"),
+        (None, ["--tempature", 1], "unrecognized arguments: --tempature 1"),
+    ],
+    ids=["world", "family", "truncated", "shape", "tokenizer", "empty", "long", "dtype", "argument"],
+)
+def test_bad_input_ends_every_rank_with_one_line(tmp_path, damage, options, message):
+    path = MAMBA
+    if damage:
+        path = damage(Path(shutil.copytree(MAMBA, tmp_path / "checkpoint")))
+    line = error_of_ranks(2, "generate", "--load", path, "--prompt", "And", "--max-new-tokens", 4, *options)
+    assert message in line
+
+
+def test_a_tp_size_that_does_not_divide_d_inner(tiny):
+    line = error_of_ranks(3, "generate", "--load", tiny("mamba").path, "--prompt", "And")
+    assert "tensor_model_parallel_size=3: does not divide d_inner (88); legal: 1, 2, 4, 8, 11, 22, 44" in line
+
+
+def error_of_ranks(size: int, *args: object) -> str:
+    """The one line that the command ends with; every rank has exited with status 2 and printed nothing else."""
+    ranks = start_ranks(size, *args)
+    results = [process.communicate(timeout=60) for process in ranks]
+    assert [process.returncode for process in ranks] == [2] * size
+    lines = [line for _, stderr in results for line in stderr.splitlines()]
+    assert len(lines) == 1 and lines[0].startswith("error: ")
+    assert results[0][1], "rank 0 is the one that speaks"
+    assert all(stdout == "" for stdout, _ in results)
+    return lines[0]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_ends_the_others(victim):
+    """Within 30 seconds, with one line and a status that is not zero; no torchrun is there to do it."""
+    options = ["--max-new-tokens", 30_000, "--prompt", "And God said"]
+    ranks = start_ranks(2, "generate", "--load", MAMBA, *options)
+    assert ranks[0].stdout.read(30)  # it is generating
+    ranks[victim].send_signal(signal.SIGKILL)
+    killed = time.monotonic()
+    survivor = ranks[1 - victim]
+    _, stderr = survivor.communicate(timeout=30)
+    ranks[victim].communicate()
+    assert time.monotonic() - killed < 30 and survivor.returncode == 1
+    [line] = stderr.splitlines()
+    assert line.startswith(f"error: rank {1 - victim}: another rank ended or cannot be reached")
+
+
+def test_plan_says_what_goes_where():
+    answer = run("plan", "--load", FALCON, "--tensor-model-parallel-size", 2)
+    assert answer.returncode == 0
+    assert "legal TP sizes (to 64): 1, 2, 3, 4, 5, 6, 8, 10, 12" in answer.stdout
+    assert "backbone.layers.*.mixer.in_proj.weight  [960, 240]  cut by rows" in answer.stdout
+    assert "rank 1  [480, 240]  x 240:480, z 720:960" in answer.stdout
+    assert "rank 1  [766, 240]  766:1531, 1 of padding" in answer.stdout
+    assert "all-reduces a layer: 2, of 47 (x_proj) and 240 (out_proj) values a token" in answer.stdout
+
+
+def test_plan_counts_the_bytes_that_are_loaded():
+    """At TP=1 the bytes are those of the file, but for A_log and D, which are float32."""
+    from safetensors.torch import load_file
+
+    tensors = load_file(FALCON / "model.safetensors")
+    wide = sum(t.nbytes for name, t in tensors.items() if name.endswith(("A_log", "mixer.D")))
+    expected = sum(t.nbytes for t in tensors.values()) + wide
+    assert f"a rank of 1 holds {expected:,} bytes of weights" in run("plan", "--load", FALCON).stdout
+
+
+def test_plan_refuses_an_illegal_size():
+    answer = run("plan", "--load", MAMBA, "--tensor-model-parallel-size", 9)
+    expected = "error: tensor_model_parallel_size=9: does not divide d_inner (480); legal: 1, 2, 3,"
+    assert answer.returncode == 2 and answer.stderr.startswith(expected)
+
+
+def test_doctor_names_versions():
+    import torch
+
+    answer = run("doctor")
+    assert answer.returncode == 0
+    assert torch.__version__.split("+")[0] in answer.stdout and "megatron-core" in answer.stdout
