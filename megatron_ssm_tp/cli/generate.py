@@ -9,9 +9,17 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import UserError
-from .console import say
+from .console import is_speaker, say
+
+if TYPE_CHECKING:
+    from ..inference.llm import LLM, TextPiece
+    from ..inference.requests import GenerationOutput
+
+
+STDOUT = "-"
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -33,7 +41,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--max-sequence-length", type=int, default=32768, help="prompt and answer, in tokens")
     parser.add_argument("--max-requests", type=int, default=16, help="prompts that run at once; the others wait")
     parser.add_argument("--max-tokens", type=int, default=2048, help="tokens in one step; longer prompts go in chunks")
-    parser.add_argument("--json", action="store_true", help="one JSON object at the end instead of text")
+    parser.add_argument(
+        "--json", nargs="?", const=STDOUT, metavar="FILE", help="a JSON report: instead of text, or into FILE beside it"
+    )
 
 
 def _read_prompts(args: argparse.Namespace) -> list[str]:
@@ -83,20 +93,20 @@ def run(args: argparse.Namespace) -> None:
     )
     started = time.monotonic()
     pieces = llm.stream(prompts, params)
-    outputs = _collect(pieces) if args.json else _print_as_it_comes(prompts, pieces)
+    outputs = _collect(pieces) if args.json == STDOUT else _print_as_it_comes(prompts, pieces)
     _report(args, llm, outputs, time.monotonic() - started)
     _leave_group()
 
 
-def _collect(pieces: Iterable) -> list:
+def _collect(pieces: Iterable["TextPiece"]) -> list["GenerationOutput"]:
     finished = {piece.index: piece.output for piece in pieces if piece.output}
     return [finished[index] for index in sorted(finished)]
 
 
-def _print_as_it_comes(prompts: list[str], pieces: Iterable) -> list:
+def _print_as_it_comes(prompts: list[str], pieces: Iterable["TextPiece"]) -> list["GenerationOutput"]:
     """Print answers in the prompts' order: the first unfinished one live, the others when it is their turn."""
     waiting = dict.fromkeys(range(len(prompts)), "")
-    outputs: dict[int, object] = {}
+    outputs: dict[int, GenerationOutput] = {}
     current = 0
     say(prompts[0], end="")
     for piece in pieces:
@@ -115,14 +125,15 @@ def _print_as_it_comes(prompts: list[str], pieces: Iterable) -> list:
     return [outputs[index] for index in range(len(prompts))]
 
 
-def _report(args: argparse.Namespace, llm, outputs: list, seconds: float) -> None:
+def _report(args: argparse.Namespace, llm: "LLM", outputs: list["GenerationOutput"], seconds: float) -> None:
     tokens = sum(len(output.token_ids) for output in outputs)
     first = statistics.median(output.ttft for output in outputs)
     tp = llm.model.pg_collection.tp.size()
-    if not args.json:
+    if args.json != STDOUT:
         ranks = f"{tp} rank{'s' if tp > 1 else ''}"
         latency = f"time to first token {first * 1e3:.0f} ms (median of {len(outputs)})"
         say(f"{tokens} tokens in {seconds:.2f} s on {ranks}: {tokens / seconds:.1f} tokens/s; {latency}")
+    if args.json is None:
         return
     report = {
         "load": args.load,
@@ -132,7 +143,20 @@ def _report(args: argparse.Namespace, llm, outputs: list, seconds: float) -> Non
         "tokens_per_second": tokens / seconds,
         "time_to_first_token": first,
     }
-    say(json.dumps(report))
+    if args.json == STDOUT:
+        say(json.dumps(report))
+    elif is_speaker():
+        _write_whole(Path(args.json), json.dumps(report, indent=1))
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """All of the file or none of it."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise UserError("json", str(path), f"cannot be written ({error})", "a file in a folder that exists") from error
 
 
 def _leave_group() -> None:
