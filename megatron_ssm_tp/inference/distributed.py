@@ -1,15 +1,14 @@
-"""The ranks of one tensor-parallel run: starting them, agreeing on errors, noticing lost peers."""
+"""The ranks of one tensor-parallel run: starting them, their groups, agreeing on errors."""
 
-import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from ..errors import PeerLostError, UserError
+from ..errors import UserError
 
 
 def local_device() -> torch.device:
@@ -72,21 +71,3 @@ def agree[T](step: Callable[[], T], group: dist.ProcessGroup) -> T:
     if error is not None:
         raise error
     return result  # type: ignore[return-value]  # no error: step returned
-
-
-@contextlib.contextmanager
-def lost_peers_reported() -> Iterator[None]:
-    """Turn the errors that collectives raise when a peer is gone into PeerLostError, one line."""
-    try:
-        yield
-    except dist.DistError as error:
-        raise _peer_lost(error) from error
-    except RuntimeError as error:
-        if not any(sign in str(error) for sign in ("gloo", "Connection closed by peer", "NCCL", "Connection reset")):
-            raise
-        raise _peer_lost(error) from error
-
-
-def _peer_lost(error: Exception) -> PeerLostError:
-    reason = str(error).strip().splitlines()[0]
-    return PeerLostError(f"rank {dist.get_rank()}: another rank ended or cannot be reached ({reason})")

@@ -1,7 +1,7 @@
 """Megatron's DynamicInferenceEngine around our model: continuous batching over slots of state, chunked prefill."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -66,15 +66,15 @@ class DynamicEngine:
         request.stop_word_ids = (request.stop_word_ids or []) + [[token] for token in extra_stop_ids]
         return request_id
 
-    def run(self) -> Iterator[Progress]:
+    def run(self, around_step: Callable[[], AbstractContextManager] = nullcontext) -> Iterator[Progress]:
         """Step until no request is left; yields every request's state whenever it has changed.
 
-        Abandoned midway, or left by an error, it drops what was queued.
+        Each step runs inside `around_step()`. Abandoned midway, or left by an error, it drops what was queued.
         """
         seen: dict[int, int] = {}
         try:
             while self._engine.has_unfinished_requests():
-                with megatron_inference(), torch.inference_mode():
+                with megatron_inference(), torch.inference_mode(), around_step():
                     result = self._engine.step_modern()
                 finished = [record[-1] for record in result["finished_request_records"]]
                 active = [self._engine.get_request(request_id) for request_id in self._engine.requests]

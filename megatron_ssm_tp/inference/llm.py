@@ -2,10 +2,12 @@
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from megatron.core.inference.sampling_params import SamplingParams
 from tqdm import tqdm
 
@@ -15,8 +17,9 @@ from ..config import DTYPES
 from ..errors import UserError
 from ..layers.model import SSMModel, build_model
 from ..partition.layout import check_tp_size
-from .distributed import agree, local_device, lost_peers_reported, start, tensor_parallel_groups
+from .distributed import agree, local_device, start, tensor_parallel_groups
 from .engine import DynamicEngine, Progress
+from .peers import PeerWatch, lost_peers_reported
 from .requests import GenerationOutput, Limits, Prompt, check_token_ids, read_params, read_prompt
 from .state import CacheLimits, inference_config
 from .tokenizer import NoTokenizer, TextTokenizer, load_tokenizer
@@ -55,6 +58,9 @@ class LLM:
         self.limits = Limits(self.config.vocab_size, limits.max_sequence_length)
         engine_config = inference_config(model, self.config, limits, model.pg_collection)
         self.engine = DynamicEngine(model, engine_config, tokenizer)
+        tp_group = model.pg_collection.tp
+        watched = tp_group.size() > 1 and torch.cuda.is_available()
+        self._step = PeerWatch(dist.get_process_group_ranks(tp_group)).step if watched else nullcontext
 
     @classmethod
     def from_pretrained(
@@ -163,7 +169,7 @@ class LLM:
                 request_id = self.engine.add(ids, params, extra_stops)
                 text = prompts[index] if isinstance(prompts[index], str) else None
                 answers[request_id] = _Answer(index, text, ids, params, self.tokenizer, started)
-            for progress in self.engine.run():
+            for progress in self.engine.run(self._step):
                 yield answers[progress.request_id].advance(progress)
 
     @torch.no_grad()
@@ -177,7 +183,7 @@ class LLM:
         device = self.model.embedding.word_embeddings.weight.device
         tokens = torch.tensor([ids], device=device)
         positions = torch.arange(len(ids), device=device)[None]
-        with lost_peers_reported(), megatron_on_cpu():
+        with lost_peers_reported(), megatron_on_cpu(), self._step():
             return self.model(tokens, positions, None, runtime_gather_output=True)[0].float()
 
 
