@@ -6,6 +6,7 @@ Where bfloat16 leaves float32's path, the report says after how many tokens, and
 tokens were there. Last, one of two ranks is killed in the middle of a generation, without a launcher to notice.
 """
 
+import itertools
 import json
 import os
 import signal

@@ -52,10 +52,7 @@ class PeerWatch:
         while True:
             began = self._step_began
             if began is not None and time.monotonic() - max(began, ended) > GRACE_SECONDS:
-                lost = (
-                    f"rank {dist.get_rank()}: another rank ended or cannot be reached (rank {self._neighbour} is gone)"
-                )
-                print(f"error: {lost}", file=sys.stderr, flush=True)
+                print(f"error: {_lost(f'rank {self._neighbour} is gone')}", file=sys.stderr, flush=True)
                 os._exit(1)
             time.sleep(0.1)
 
