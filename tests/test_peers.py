@@ -13,7 +13,7 @@ def _rank(rank: int, store: str, behaviour: str) -> None:
     from megatron_ssm_tp.inference.peers import PeerWatch
 
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=3)
-    watch = PeerWatch([0, 1, 2])
+    watch = PeerWatch(dist.group.WORLD)
     dist.barrier()
     if rank == 1:
         os._exit(9)

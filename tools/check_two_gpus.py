@@ -67,14 +67,11 @@ def compare(name: str, folder: Path) -> bool:
     """Print one checkpoint's table; whether two GPUs gave float32's tokens in float32."""
     from megatron_ssm_tp import LLM
 
-    runs = {
-        key: generate(name, *key, folder) for key in ((1, "float32"), (2, "float32"), (1, "bfloat16"), (2, "bfloat16"))
-    }
+    runs = {key: generate(name, *key, folder) for key in itertools.product((1, 2), ("float32", "bfloat16"))}
     reference = runs[1, "float32"]["outputs"]
     llm = LLM.from_pretrained(CHECKPOINTS / name, dtype="float32")
-    print(
-        f"\n## {name}\n\n| run | tokens/s | prompts equal to one GPU in float32 | first difference: token, margin in nats |"
-    )
+    print(f"\n## {name}\n")
+    print("| run | tokens/s | prompts equal to one GPU in float32 | first difference: token, margin in nats |")
     print("|---|---|---|---|")
     for (gpus, dtype), run in runs.items():
         equal, differences = 0, []
@@ -121,10 +118,9 @@ def kill_one_rank(folder: Path) -> None:
 def main() -> None:
     if torch.cuda.device_count() < 2:
         sys.exit("two GPUs are needed")
-    gpu = torch.cuda.get_device_name()
-    print(
-        f"# Two GPUs\n\n{date.today()}, 2 x {gpu}, torch {torch.__version__}, NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}."
-    )
+    nccl = ".".join(map(str, torch.cuda.nccl.version()))
+    print("# Two GPUs\n")
+    print(f"{date.today()}, 2 x {torch.cuda.get_device_name()}, torch {torch.__version__}, NCCL {nccl}.")
     print(f"`python tools/check_two_gpus.py`: greedy, {len(PROMPTS)} prompts of {TOKENS} tokens.")
     with tempfile.TemporaryDirectory() as folder:
         equal = [compare(name, Path(folder)) for name in NAMES]

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from megatron.core.inference.sampling_params import SamplingParams
 from tqdm import tqdm
 
@@ -60,7 +59,7 @@ class LLM:
         self.engine = DynamicEngine(model, engine_config, tokenizer)
         tp_group = model.pg_collection.tp
         watched = tp_group.size() > 1 and torch.cuda.is_available()
-        self._step = PeerWatch(dist.get_process_group_ranks(tp_group)).step if watched else nullcontext
+        self._step = PeerWatch(tp_group).step if watched else nullcontext
 
     @classmethod
     def from_pretrained(
