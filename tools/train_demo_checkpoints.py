@@ -165,7 +165,7 @@ def train(model: torch.nn.Module, train_part: torch.Tensor, held_out: torch.Tens
 
 CARD = """---
 library_name: transformers
-license: mit
+license: apache-2.0
 ---
 # {folder}
 
