@@ -1,16 +1,16 @@
 """Initial values of a Mamba-1 mixer for training from scratch (mamba_ssm Mamba.__init__; HF init_mamba_weights)."""
 
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
 
 import torch
+import torch.distributed as dist
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
+from megatron.core.transformer.transformer_config import TransformerConfig
 
+from ..config import Mamba1Config
 from ..partition.apply import cut
-
-if TYPE_CHECKING:
-    from .mamba1_mixer import Mamba1Mixer
+from ..partition.layout import Parameter
 
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 0.1, 1e-4
 
@@ -28,32 +28,47 @@ def _inverse_softplus_of_dt(bias: torch.Tensor) -> None:
 
 
 @torch.no_grad()
-def initialize_mamba1(mixer: "Mamba1Mixer") -> None:
-    """Fill conv1d, dt_proj, A_log, D and in_proj; x_proj and out_proj were filled by their own classes.
+def initialize_mamba1(
+    parameters: Mapping[str, torch.Tensor],
+    table: Mapping[str, Parameter],
+    dims: Mamba1Config,
+    config: TransformerConfig,
+    tp_group: dist.ProcessGroup,
+) -> None:
+    """Fill one rank's conv1d, dt_proj, A_log, D and in_proj; x_proj and out_proj were filled by their own classes.
 
     in_proj's class cut its initial values contiguously, not by band: each rank count had another model.
     """
-    dims = mixer.dims
     dt_bound = dims.dt_rank**-0.5
-    _draw(mixer, "in_proj.weight", mixer.config.init_method)
-    _draw(mixer, "conv1d_weight", lambda t: _conv_uniform(t, dims.d_conv))
-    if dims.conv_bias:
-        _draw(mixer, "conv1d_bias", lambda t: _conv_uniform(t, dims.d_conv))
-    _draw(mixer, "dt_proj.weight", lambda t: t.uniform_(-dt_bound, dt_bound))
-    _draw(mixer, "dt_proj.bias", _inverse_softplus_of_dt)
-    states = torch.arange(1, dims.d_state + 1, dtype=torch.float32, device=mixer.A_log.device)
-    mixer.A_log.copy_(torch.log(states).expand_as(mixer.A_log))
-    mixer.D.fill_(1.0)
+    random: dict[str, Callable[[torch.Tensor], object]] = {
+        "in_proj.weight": config.init_method,
+        "conv1d_weight": lambda t: _conv_uniform(t, dims.d_conv),
+        "conv1d_bias": lambda t: _conv_uniform(t, dims.d_conv),
+        "dt_proj.weight": lambda t: t.uniform_(-dt_bound, dt_bound),
+        "dt_proj.bias": _inverse_softplus_of_dt,
+    }
+    for name, fill in random.items():
+        if name in table:
+            _draw(parameters[name], fill, table[name], config, tp_group)
+    A_log, D = parameters["A_log"], parameters["D"]
+    states = torch.arange(1, dims.d_state + 1, dtype=torch.float32, device=A_log.device)
+    A_log.copy_(torch.log(states).expand_as(A_log))
+    D.fill_(1.0)
 
 
-def _draw(mixer: "Mamba1Mixer", name: str, fill: Callable[[torch.Tensor], object]) -> None:
+def _draw(
+    target: torch.Tensor,
+    fill: Callable[[torch.Tensor], object],
+    parameter: Parameter,
+    config: TransformerConfig,
+    tp_group: dist.ProcessGroup,
+) -> None:
     """Fill one random parameter as Megatron fills its linears: whole and then cut on the CPU, so that it does not
     depend on the TP size, or by rank from the model-parallel generator on the GPU."""
-    target, parameter = mixer.get_parameter(name), mixer.table[name]
-    if mixer.config.use_cpu_initialization:
+    if config.use_cpu_initialization:
         whole = torch.empty(parameter.shape)
         fill(whole)
-        target.copy_(cut(whole, parameter.axis, parameter.plan(mixer.tp_group.size()), mixer.tp_group.rank()))
+        target.copy_(cut(whole, parameter.axis, parameter.plan(tp_group.size()), tp_group.rank()))
         return
     with get_cuda_rng_tracker().fork():
         fill(target)

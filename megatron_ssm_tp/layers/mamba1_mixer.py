@@ -22,16 +22,10 @@ import torch
 from megatron.core.inference.contexts import BaseInferenceContext
 from megatron.core.inference.utils import InferenceMode
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.ssm.utils import _split_tensor_factory
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import (
-    ensure_metadata_has_dp_cp_group,
-    make_sharded_tensors_for_checkpoint,
-    sharded_state_dict_default,
-)
 from megatron.core.utils import deprecate_inference_params
 from torch import nn
 
@@ -42,6 +36,7 @@ from ..partition.layout import mamba1_parameters, state_shapes
 from ..partition.plan import check_tp
 from .initialization import initialize_mamba1
 from .norm import rms_normalize
+from .sharding import sharded_by_band
 
 _PROJECTIONS = ("in_proj", "x_proj", "dt_proj", "out_proj")
 States = tuple[torch.Tensor, torch.Tensor]
@@ -93,7 +88,7 @@ class Mamba1Mixer(MegatronModule):
         self._build_projections(submodules, d_model, name)
         self._build_parameters()
         if config.perform_initialization:
-            initialize_mamba1(self)
+            initialize_mamba1(dict(self.named_parameters()), self.table, dims, config, self.tp_group)
 
     def _build_projections(self, submodules: Mamba1MixerSubmodules, d_model: int, name: str | None) -> None:
         dims, config = self.dims, self.config
@@ -155,7 +150,6 @@ class Mamba1Mixer(MegatronModule):
             self.register_parameter(name, value)
         if not self.dims.conv_bias:
             self.register_parameter("conv1d_bias", None)
-        self._own_axes = {name: parameter.axis for name, parameter in own.items()}
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "Mamba1Mixer":
         """Keep A_log and D in float32 when the module is cast, as Megatron's Float16Module does to everything."""
@@ -287,29 +281,7 @@ class Mamba1Mixer(MegatronModule):
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """Megatron's sharded state dict; in_proj is stored by band (`in_proj.weight.x`, `.z`): any TP can load it."""
-        metadata = ensure_metadata_has_dp_cp_group(metadata)
-        own: dict = {}
-        self._save_to_state_dict(own, "", keep_vars=True)
-        sharded = make_sharded_tensors_for_checkpoint(
-            own,
-            prefix,
-            tensor_parallel_layers_axis_map=self._own_axes,
-            sharded_offsets=sharded_offsets,
-            tp_group=self.tp_group,
-            dp_cp_group=metadata["dp_cp_group"],
-        )
-        for name, child in self.named_children():
-            sharded |= sharded_state_dict_default(
-                child, f"{prefix}{name}.", sharded_offsets, metadata, tp_group=self.tp_group
-            )
-        for name, parameter in self.table.items():
-            bands = parameter.packing.bands if parameter.packing else ()
-            if len(bands) > 1:
-                sizes = [band.local_size(self.tp_group.size()) for band in bands]
-                names = [band.name for band in bands]
-                key = f"{prefix}{name}"
-                sharded[key] = _split_tensor_factory(sharded[key], sizes, names, parameter.axis)
-        return sharded
+        return sharded_by_band(self, self.table, self.tp_group, prefix, sharded_offsets, metadata)
 
 
 def _refuse_unsupported(context: BaseInferenceContext) -> None:
