@@ -1,8 +1,8 @@
 #!/bin/sh
-# Print a Python 3.12 interpreter; exit 1 with one line of advice if there is none.
+# Print a Python 3.12 that can make virtual environments; exit 1 with one line of advice if there is none.
 for candidate in "${PYTHON312:-}" python3.12 python3 python "$HOME"/.pyenv/versions/3.12*/bin/python3.12; do
     [ -n "$candidate" ] || continue
-    if "$candidate" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null; then
+    if "$candidate" -c 'import ensurepip, sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null; then
         command -v "$candidate"
         exit 0
     fi
