@@ -4,15 +4,20 @@
 """
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import torch
+
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 PROMPTS = ["And God said unto Moses,", "Then Jesus answered and said", "The words of the wise"]
 NAMES = ["mamba-kjv-2.7m", "falcon-mamba-kjv-2.7m"]
 TORCHRUN = ["torchrun", "--nproc-per-node", "2", "-m", "megatron_ssm_tp"]
+# Two ranks want two GPUs, or none.
+ENVIRONMENT = os.environ | ({} if torch.cuda.device_count() >= 2 else {"CUDA_VISIBLE_DEVICES": ""})
 ONE_PROCESS = [sys.executable, "-m", "megatron_ssm_tp"]
 
 
@@ -37,9 +42,13 @@ def run(name: str, folder: Path) -> None:
     command = [*TORCHRUN, *arguments(name, 2, two)]
     print(f"\n$ {shown(command)}\n", flush=True)
     with subprocess.Popen(
-        [*ONE_PROCESS, *arguments(name, 1, one)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        [*ONE_PROCESS, *arguments(name, 1, one)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
     ) as single:
-        subprocess.run(command, check=True)
+        subprocess.run(command, check=True, env=ENVIRONMENT)
         _, errors = single.communicate()
     if single.returncode:
         sys.exit(f"one process failed:\n{errors}")

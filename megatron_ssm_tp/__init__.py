@@ -1,5 +1,9 @@
 """State-space language models with tensor parallelism, on Megatron-Core."""
 
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -20,4 +24,19 @@ __all__ = list(_LAZY)
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_LAZY[name]), name)
+    with _quiet():
+        return getattr(import_module(_LAZY[name]), name)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Megatron's imports warn of Apex and Transformer Engine, torch's of a missing CUDA; none of it is needed."""
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

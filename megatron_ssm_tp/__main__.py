@@ -7,7 +7,7 @@ from .cli.console import Parser, guarded
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(prog="megatron_ssm_tp", description="State-space language models with tensor parallelism.")
+    parser = Parser(prog="python -m megatron_ssm_tp", description="State-space models with tensor parallelism.")
     subparsers = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     for command in (generate, plan, doctor):
         command.add_parser(subparsers)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}  # name: bytes
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,24 @@
 
 
 class UserError(ValueError):
-    """Something the caller gave is wrong: names the field, the value, and what would be legal."""
+    """Something the caller gave is wrong: names the field, the value, and what would be legal.
+
+    Every rank raises the same, unless `of_one_rank` says that the others may not know of it.
+    """
+
+    of_one_rank = False
 
     def __init__(self, field: str, value: object, problem: str, legal: str) -> None:
         self.field, self.value, self.problem, self.legal = field, value, problem, legal
-        super().__init__(f"{field}={value!r}: {problem}; legal: {legal}")
+        super().__init__(f"{field}={_short(value)}: {problem}; legal: {legal}")
 
     def __reduce__(self):  # so that one rank can send it to the others
         return type(self), (self.field, self.value, self.problem, self.legal)
+
+
+def _short(value: object) -> str:
+    shown = repr(value).replace("\n", " ")
+    return shown if len(shown) <= 120 else f"{shown[:100]}... ({len(shown)} characters)"
 
 
 class PeerLostError(RuntimeError):

@@ -1,4 +1,7 @@
 import os
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch: the tests' ranks are gloo's, on the CPU, also where GPUs are
+
 from collections.abc import Callable, Iterator
 
 import pytest

@@ -1,5 +1,7 @@
 """What ranks are asked to do: functions that run on every rank of a `Ranks` pool and return plain data."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -12,6 +14,9 @@ from megatron_ssm_tp import LLM, CacheLimits, SamplingParams
 from megatron_ssm_tp.checkpoint.loader import load_parameters, open_model
 from megatron_ssm_tp.compat.cpu import megatron_on_cpu
 from megatron_ssm_tp.inference.distributed import tensor_parallel_groups
+from megatron_ssm_tp.inference.engine import Request
+from megatron_ssm_tp.inference.stopping import StopCondition
+from megatron_ssm_tp.inference.tokenizer import NoTokenizer
 from megatron_ssm_tp.layers.model import SSMModel, build_model
 
 
@@ -70,81 +75,101 @@ def generate(path: Path, prompts: list, params: dict, seed: int | None = None, *
     return [vars(output) for output in outputs]
 
 
+NEVER = StopCondition(frozenset(), (), False, NoTokenizer(Path(), 101, -1))
+
+
 def states_after(path: Path, prompt: list[int], chunk: int, steps: int) -> tuple[list[int], np.ndarray, np.ndarray]:
     """Prefill `prompt` in chunks of at most `chunk` tokens, decode `steps` tokens more; the request's states then."""
     engine = llm(path, max_requests=4, max_tokens=chunk).engine
     params = SamplingParams(top_k=1, num_tokens_to_generate=steps, termination_id=-1)
-    engine.add(prompt, params)
     # The last step's token is sampled but not fed back: the states are those after prompt and steps - 1 tokens.
-    tokens = [progress.token_ids for progress in engine.run()][-1]
+    tokens = [progress.token_ids for progress in engine.run([Request(prompt, params, NEVER)])][-1]
     context = engine.context
     slots = context.mamba_metadata
     used = int(slots.mamba_state_free_slots[slots.mamba_state_free_slot_count - 1])  # freed last, not yet cleared
     return tokens, context.mamba_conv_states[:, used].numpy().copy(), context.mamba_ssm_states[:, used].numpy().copy()
 
 
-def collectives_of_a_step(path: Path, prompts: list[list[int]], count: int) -> list[list[tuple[str, tuple[int, ...]]]]:
-    """For each forward pass of a generation, every collective of the decoder's layers: its name and tensor shape."""
-    import torch.distributed as dist
+@contextmanager
+def collectives_recorded(group: torch.distributed.ProcessGroup) -> Iterator[list[tuple[str, tuple[int, ...]]]]:
+    """Every collective that `group` is asked for, by its backend's own name, with the shape of its first tensor.
 
-    model = llm(path)
-    passes: list[list[tuple[str, tuple[int, ...]]]] = []
-    inside = False
-
-    def enter(*_) -> None:
-        nonlocal inside
-        inside = True
-        passes.append([])
-
-    def leave(*_) -> None:
-        nonlocal inside
-        inside = False
+    The group's class is wrapped, below all that Python code may have imported under another name.
+    """
+    sent: list[tuple[str, tuple[int, ...]]] = []
+    kind = torch.distributed.ProcessGroup
+    names = [name for name in dir(kind) if name.lstrip("_").startswith(_COLLECTIVES) and callable(getattr(kind, name))]
+    saved = {name: getattr(kind, name) for name in names}
 
     def recorded(name: str):
-        original = getattr(dist, name)
+        def call(self, *args, **kwargs):
+            tensors = [t for arg in args for t in (arg if isinstance(arg, list) else [arg])]
+            while tensors and isinstance(tensors[0], list):
+                tensors = tensors[0]
+            shape = next((tuple(t.shape) for t in tensors if isinstance(t, torch.Tensor)), ())
+            sent.append((name, shape))
+            return saved[name](self, *args, **kwargs)
 
-        def call(*args, **kwargs):
-            if inside:
-                tensor = next(arg for arg in args if isinstance(arg, torch.Tensor))
-                passes[-1].append((name, tuple(tensor.shape)))
-            return original(*args, **kwargs)
+        return call
 
-        return original, call
-
-    names = [name for name in _COLLECTIVES if hasattr(dist, name)]
-    saved = {}
     for name in names:
-        saved[name], wrapper = recorded(name)
-        setattr(dist, name, wrapper)
-    hooks = [model.model.decoder.register_forward_pre_hook(enter), model.model.decoder.register_forward_hook(leave)]
+        setattr(kind, name, recorded(name))
     try:
-        model.generate(prompts, SamplingParams(temperature=0, num_tokens_to_generate=count, termination_id=-1))
+        yield sent
     finally:
-        for hook in hooks:
-            hook.remove()
         for name in names:
-            setattr(dist, name, saved[name])
-    return passes
+            setattr(kind, name, saved[name])
 
 
+# prefixes: methods come in variants, such as allreduce_coalesced and _allgather_base
 _COLLECTIVES = (
-    "all_reduce",
+    "allreduce",
+    "allgather",
     "all_gather",
-    "all_gather_into_tensor",
-    "reduce_scatter",
-    "reduce_scatter_tensor",
-    "all_to_all",
-    "all_to_all_single",
-    "broadcast",
     "reduce",
+    "alltoall",
+    "broadcast",
     "gather",
     "scatter",
     "send",
     "recv",
-    "isend",
-    "irecv",
     "barrier",
 )
+
+
+def collectives_of_steps(path: Path, prompts: list[list[int]], count: int) -> list[list[tuple[str, tuple[int, ...]]]]:
+    """For each forward pass of a generation, what the decoder's layers sent."""
+    model = llm(path)
+    passes: list[list[tuple[str, tuple[int, ...]]]] = []
+    with collectives_recorded(model.model.pg_collection.tp) as sent:
+
+        def enter(*_) -> None:
+            sent.clear()
+
+        def leave(*_) -> None:
+            passes.append(list(sent))
+
+        decoder = model.model.decoder
+        hooks = [decoder.register_forward_pre_hook(enter), decoder.register_forward_hook(leave)]
+        try:
+            model.generate(prompts, SamplingParams(temperature=0, num_tokens_to_generate=count, termination_id=-1))
+        finally:
+            for hook in hooks:
+                hook.remove()
+    return passes
+
+
+def collectives_of_megatrons_mappings() -> list[str]:
+    """What the recorder sees of Megatron's own gather, reduce-scatter and reduce, called on purpose."""
+    from megatron.core.tensor_parallel import mappings
+
+    group, x = groups().tp, torch.ones(4, 1, 4)
+    with megatron_on_cpu(), collectives_recorded(group) as sent:
+        mappings.gather_from_tensor_model_parallel_region(x, group=group)
+        mappings.reduce_scatter_to_sequence_parallel_region(x, group=group)
+        mappings.reduce_from_tensor_model_parallel_region(x, group=group)
+        torch.distributed.broadcast(x, 0, group=group)
+    return [name for name, _ in sent]
 
 
 def save_torch_dist(path: Path, folder: Path) -> None:
@@ -268,7 +293,9 @@ def error_of(path: Path, prompts: object, params: dict | list[dict] | None = Non
     """The message of the UserError that generating raises."""
     from megatron_ssm_tp import UserError
 
-    sampling = [SamplingParams(**p) for p in params] if isinstance(params, list) else SamplingParams(**(params or {}))
+    sampling: object = SamplingParams(**(params or {})) if not isinstance(params, list) else None
+    if isinstance(params, list):
+        sampling = [None if p is None else SamplingParams(**p) for p in params]
     try:
         llm(path, **limits).generate(prompts, sampling)
     except UserError as error:
@@ -313,3 +340,79 @@ def state_between_calls(path: Path) -> list[bool]:
     stream.close()
     model.generate([[1]], SamplingParams(temperature=0, num_tokens_to_generate=2, termination_id=-1))
     return [*found, untouched()]
+
+
+def two_streams(path: Path, prompt: list[int]) -> tuple[str, list[int], list[int]]:
+    """A generation asked for in the middle of a stream: its error, what the stream still gives, and one after it."""
+    from megatron_ssm_tp import UserError
+
+    model, params = llm(path), SamplingParams(temperature=0, num_tokens_to_generate=6, termination_id=-1)
+    stream = model.stream([prompt], params)
+    tokens = list(next(stream).token_ids)
+    try:
+        model.generate([prompt], params)
+        message = "no error"
+    except UserError as error:
+        message = str(error)
+    tokens += [token for piece in stream for token in piece.token_ids]
+    return message, tokens, model.generate([prompt], params)[0].token_ids
+
+
+def error_of_text(path: Path, tokenizer: Path, text: str) -> str:
+    from megatron_ssm_tp import UserError
+
+    try:
+        LLM.from_pretrained(path, tokenizer=tokenizer).generate([text])
+    except UserError as error:
+        return str(error)
+    raise AssertionError("no error")
+
+
+def greedy_of_arrays(path: Path, prompt: list[int], count: int) -> list[list[int]]:
+    return greedy(path, [np.array(prompt), torch.tensor(prompt)], count)
+
+
+def agree_on_a_bug() -> str:
+    from megatron_ssm_tp.ranks import agree
+
+    group = groups().tp
+
+    def step() -> None:
+        if group.rank() == 1:
+            raise KeyError("x")
+
+    try:
+        agree(step, group)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    raise AssertionError("no error")
+
+
+def generate_in_a_loop_and_in_threads(path: Path, prompt: list[int]) -> list[object]:
+    """Answers from a running event loop, from another after it, from a thread; and of two threads at once."""
+    import asyncio
+    from concurrent.futures import ThreadPoolExecutor
+
+    params = SamplingParams(temperature=0, num_tokens_to_generate=5, termination_id=-1)
+
+    async def build() -> LLM:
+        return LLM.from_pretrained(path, dtype="float32")
+
+    async def ask(model: LLM) -> list[int]:
+        return model.generate([prompt], params)[0].token_ids
+
+    async def ask_thread(model: LLM) -> list[int]:
+        return (await asyncio.to_thread(model.generate, [prompt], params))[0].token_ids
+
+    model = asyncio.run(build())
+    found = [asyncio.run(ask(model)), asyncio.run(ask_thread(model)), model.generate([prompt], params)[0].token_ids]
+    with ThreadPoolExecutor(2) as threads:
+        asked = [threads.submit(model.generate, [prompt], params) for _ in range(2)]
+    kinds = sorted(type(a.exception()).__name__ for a in asked)
+    return [*found, kinds]
+
+
+def streamed(path: Path, prompt: str, params: dict) -> tuple[str, str]:
+    """What a stream shows piece by piece, and the final text."""
+    pieces = list(llm(path).stream([prompt], SamplingParams(**params)))
+    return "".join(piece.text for piece in pieces), pieces[-1].output.text

@@ -171,10 +171,13 @@ def test_several_end_of_text_ids():
     [
         ({"model_type": "llama"}, "model_type='llama': is not a supported family; legal: mamba, falcon_mamba"),
         ({"model_type": ...}, "model_type=None: is not a supported family; legal: mamba, falcon_mamba"),
-        ({"hidden_size": ...}, "hidden_size=None: is missing; legal: a value of type int"),
+        ({"hidden_size": ...}, "hidden_size=None: is missing; legal: a positive integer"),
         ({"hidden_size": "44"}, "hidden_size='44': is not a positive integer; legal: a positive integer"),
         ({"vocab_size": -3}, "vocab_size=-3: is not a positive integer"),
-        ({"use_bias": 1}, "use_bias=1: is not bool; legal: bool"),
+        ({"use_bias": 1}, "use_bias=1: is not true or false; legal: true or false"),
+        ({"layer_norm_epsilon": -1}, "layer_norm_epsilon=-1: is not a positive number; legal: a positive number"),
+        ({"intermediate_size": ..., "expand": -2}, "expand=-2: is not a positive number"),
+        ({"time_step_rank": 0}, "time_step_rank=0: is not a positive integer"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu': is not implemented; legal: silu"),
         ({"dtype": "int8"}, "dtype='int8': cannot be run; legal: float32, bfloat16, float16"),
         ({"eos_token_id": "end"}, "eos_token_id='end': is not a token id"),
@@ -187,6 +190,21 @@ def test_bad_config(tiny, tmp_path, changes, message):
     with pytest.raises(UserError) as error:
         open_model(path)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("ssm", "message"),
+    [
+        ({"d_state": "x"}, "d_state='x': is not a positive integer"),
+        ({"expand": "2"}, "expand='2': is not a positive number"),
+        ({"layer": "Mamba2"}, "ssm_cfg.layer='Mamba2': is not implemented; legal: Mamba1"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_bad_state_spaces_config(ssm, message):
+    with pytest.raises(UserError) as error:
+        read_config({"d_model": 64, "n_layer": 2, "vocab_size": 100, "ssm_cfg": ssm})
+    assert message in str(error.value)
 
 
 # Damaged files
@@ -250,6 +268,15 @@ def test_damaged_torch_files_and_indices(tiny, tmp_path):
     (tmp_path / "pytorch_model-2.bin").unlink()
     with pytest.raises(UserError, match=r"pytorch_model-2.bin': is named by the index but missing"):
         open_model(tmp_path)
-    (tmp_path / "pytorch_model.bin.index.json").write_text("{}")
-    with pytest.raises(UserError, match="has no weight_map"):
-        open_model(tmp_path)
+    for index in ("{}", '{"weight_map": {"a": 1}}', '{"weight_map": {"a": null}}'):
+        (tmp_path / "pytorch_model.bin.index.json").write_text(index)
+        with pytest.raises(UserError, match="has no weight_map"):
+            open_model(tmp_path)
+
+
+def test_integer_tensors_are_refused(tiny, tmp_path):
+    """A checkpoint quantized to int8 must not be read as if its codes were weights."""
+    path, name = copy_of(tiny("mamba").path, tmp_path), "backbone.layers.0.mixer.in_proj.weight"
+    edit_tensors(path, lambda tensors: tensors.update({name: tensors[name].to(torch.int8)}))
+    with pytest.raises(UserError, match=f"tensor='{name}': has dtype I8; legal: float32, bfloat16, float16"):
+        open_model(path)

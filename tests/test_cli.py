@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 CHECKPOINTS = Path(__file__).parent.parent / "examples" / "checkpoints"
 MAMBA, FALCON = CHECKPOINTS / "mamba-kjv-2.7m", CHECKPOINTS / "falcon-mamba-kjv-2.7m"
@@ -23,7 +24,7 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def start_ranks(size: int, *args: object) -> list[subprocess.Popen]:
+def start_ranks(size: int, *args: object, cwd: list[Path] | None = None) -> list[subprocess.Popen]:
     """The command on `size` ranks, with torchrun's environment but no torchrun: nobody ends a rank but itself."""
     common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(size)}
     return [
@@ -33,6 +34,7 @@ def start_ranks(size: int, *args: object) -> list[subprocess.Popen]:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            cwd=cwd[rank] if cwd else None,
         )
         for rank in range(size)
     ]
@@ -112,20 +114,56 @@ def misshapen(path: Path) -> Path:
     return path
 
 
+def edited(path: Path, change) -> Path:
+    tensors = load_file(path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, path / "model.safetensors")
+    return path
+
+
+def incomplete(path: Path) -> Path:
+    return edited(path, lambda tensors: tensors.pop("backbone.layers.2.mixer.D"))
+
+
+def crowded(path: Path) -> Path:
+    name = "backbone.layers.{}.mixer.D"
+    return edited(path, lambda tensors: tensors.update({name.format(6): tensors[name.format(0)].clone()}))
+
+
 @pytest.mark.parametrize(
     ("damage", "options", "message"),
     [
-        (None, ["--tensor-model-parallel-size", 4], "tensor_model_parallel_size=4: is not the world size; legal: 2"),
+        (None, ["--tensor-model-parallel-size", 4], "--tensor-model-parallel-size=4: is not the world size; legal: 2"),
         (of_another_type, [], "model_type='jamba': is not a supported family; legal: mamba, falcon_mamba"),
         (truncated, [], "model.safetensors': cannot be read"),
         (misshapen, [], "has shape [47, 480]; legal: [31, 480], from config.json"),
         (without_tokenizer, [], "has no tokenizer.json, so text cannot be read"),
         (None, ["--prompt", ""], "prompts[1]='': is empty; legal: at least one token"),
         (None, ["--max-sequence-length", 8, "--prompt", "In the beginning was the Word, and"], "is longer than the"),
-        (None, ["--dtype", "int4"], "dtype='int4': cannot be run; legal: auto, float32, bfloat16, float16"),
+        (incomplete, [], "tensor='backbone.layers.2.mixer.D': is missing from the checkpoint; legal: shape [480]"),
+        (crowded, [], "tensor='backbone.layers.6.mixer.D': is not part of this mamba model"),
+        (None, ["--json", "/nowhere/report.json"], "--json='/nowhere/report.json': cannot be written"),
+        (None, ["--prompt-file", "/nowhere.txt"], "--prompt-file='/nowhere.txt': cannot be read"),
+        (None, ["--dtype", "int4"], "--dtype='int4': cannot be run; legal: auto, float32, bfloat16, float16"),
+        (None, ["--seed", 2**70], "--seed=1180591620717411303424: is out of range"),
         (None, ["--tempature", 1], "unrecognized arguments: --tempature 1"),
     ],
-    ids=["world", "family", "truncated", "shape", "tokenizer", "empty", "long", "dtype", "argument"],
+    ids=[
+        "world",
+        "family",
+        "truncated",
+        "shape",
+        "tokenizer",
+        "empty",
+        "long",
+        "missing",
+        "extra",
+        "json",
+        "prompt file",
+        "dtype",
+        "seed",
+        "argument",
+    ],
 )
 def test_bad_input_ends_every_rank_with_one_line(tmp_path, damage, options, message):
     path = MAMBA
@@ -135,9 +173,17 @@ def test_bad_input_ends_every_rank_with_one_line(tmp_path, damage, options, mess
     assert message in line
 
 
+def test_a_prompt_file_that_one_rank_cannot_see(tmp_path):
+    (tmp_path / "prompts.txt").write_text("And\n")
+    ranks = start_ranks(2, "generate", "--load", MAMBA, "--prompt-file", "prompts.txt", cwd=[tmp_path, Path("/")])
+    results = [process.communicate(timeout=60) for process in ranks]
+    assert [process.returncode for process in ranks] == [2, 2]
+    assert results[0][1].startswith("error: --prompt-file='prompts.txt': cannot be read") and not results[1][1]
+
+
 def test_a_tp_size_that_does_not_divide_d_inner(tiny):
     line = error_of_ranks(3, "generate", "--load", tiny("mamba").path, "--prompt", "And")
-    assert "tensor_model_parallel_size=3: does not divide d_inner (88); legal: 1, 2, 4, 8, 11, 22, 44" in line
+    assert "--tensor-model-parallel-size=3: does not divide d_inner (88); legal: 1, 2, 4, 8, 11, 22, 44" in line
 
 
 def error_of_ranks(size: int, *args: object) -> str:
@@ -168,6 +214,23 @@ def test_a_killed_rank_ends_the_others(victim):
     assert line.startswith(f"error: rank {1 - victim}: another rank ended or cannot be reached")
 
 
+def test_a_reader_that_has_enough_ends_the_run_quietly():
+    args = ["generate", "--load", MAMBA, "--prompt", "And God said", "--max-new-tokens", 30_000]
+    [process] = start_ranks(1, *args)
+    process.stdout.read(20)
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait(30) == 1
+
+
+def test_an_interrupt_ends_the_run_with_one_word():
+    args = ["generate", "--load", MAMBA, "--prompt", "And God said", "--max-new-tokens", 30_000]
+    [process] = start_ranks(1, *args)
+    process.stdout.read(20)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=30)
+    assert process.returncode == 130 and stdout.endswith("interrupted\n") and stderr == ""
+
+
 def test_plan_says_what_goes_where():
     answer = run("plan", "--load", FALCON, "--tensor-model-parallel-size", 2)
     assert answer.returncode == 0
@@ -180,8 +243,6 @@ def test_plan_says_what_goes_where():
 
 def test_plan_counts_the_bytes_that_are_loaded():
     """At TP=1 the bytes are those of the file, but for A_log and D, which are float32."""
-    from safetensors.torch import load_file
-
     tensors = load_file(FALCON / "model.safetensors")
     wide = sum(t.nbytes for name, t in tensors.items() if name.endswith(("A_log", "mixer.D")))
     expected = sum(t.nbytes for t in tensors.values()) + wide
@@ -190,7 +251,7 @@ def test_plan_counts_the_bytes_that_are_loaded():
 
 def test_plan_refuses_an_illegal_size():
     answer = run("plan", "--load", MAMBA, "--tensor-model-parallel-size", 9)
-    expected = "error: tensor_model_parallel_size=9: does not divide d_inner (480); legal: 1, 2, 3,"
+    expected = "error: --tensor-model-parallel-size=9: does not divide d_inner (480); legal: 1, 2, 3,"
     assert answer.returncode == 2 and answer.stderr.startswith(expected)
 
 

@@ -1,8 +1,11 @@
 """What a caller can get wrong: one line with field, value and what is legal, the same on every rank."""
 
+from pathlib import Path
+
 import jobs
 import pytest
 
+MAMBA = Path(__file__).parent.parent / "examples" / "checkpoints" / "mamba-kjv-2.7m"
 PROMPT = [1, 2, 3]
 
 
@@ -10,15 +13,30 @@ PROMPT = [1, 2, 3]
     ("prompts", "params", "message"),
     [
         ([PROMPT, []], {}, "prompts[1]=[]: is empty; legal: at least one token"),
-        ([PROMPT, [7, 101]], {}, "prompts[1]=101: is out of the vocabulary; legal: 0 to 100"),
-        ([[-1]], {}, "prompts[0]=-1: is out of the vocabulary; legal: 0 to 100"),
-        ([[1.5]], {}, "prompts[0]=1.5: is not a token id; legal: integers from 0 to 100"),
-        ([[1] * 64], {}, "prompts[0]='64 tokens': is longer than the maximum; legal: at most 63 tokens"),
-        (["text"], {}, "has no tokenizer.json, so text cannot be read; legal: prompts as lists of token ids"),
-        ("text", {}, "prompts='text': is one text; legal: a list of texts or of lists of token ids"),
-        ([PROMPT], {"num_tokens_to_generate": 62}, "num_tokens_to_generate=62: is out of range; legal: 1 to 61 new"),
-        ([PROMPT], {"num_tokens_to_generate": 0}, "num_tokens_to_generate=0: is out of range; legal: 1 to 61 new"),
-        ([PROMPT], {"num_tokens_total": 3}, "num_tokens_total=3: is out of range"),
+        ([PROMPT, [7, 101]], {}, "prompts[1]=101: is out of the vocabulary; legal: integers from 0 to 100"),
+        ([[-1]], {}, "prompts[0]=-1: is out of the vocabulary; legal: integers from 0 to 100"),
+        ([[1.5]], {}, "prompts[0]=[1.5]: is not a list of token ids; legal: integers from 0 to 100"),
+        ([None], {}, "prompts[0]=None: is not a list of token ids; legal: integers from 0 to 100"),
+        ([[1] * 64], {}, "prompts[0]='64 tokens': is longer than the maximum; legal: at most 63, of max_seq"),
+        (["text"], {}, "has no tokenizer.json, so text cannot be read; legal: a tokenizer.json there"),
+        ("text", {}, "prompts='text': is not a list; legal: a list of texts or of lists of token ids"),
+        ("text " * 99, {}, "... (497 characters): is not a list"),
+        (None, {}, "prompts=None: is not a list"),
+        (["\ud800"], {}, "has no tokenizer.json"),
+        ([b"And"], {}, "prompts[0]=b'And': is not a list of token ids"),
+        (PROMPT, {}, "prompts[0]=1: is not a list of token ids"),
+        ([PROMPT], {"num_tokens_to_generate": 62}, "num_tokens_to_generate=62: is out of range; legal: 1 to 61: the"),
+        ([PROMPT], {"num_tokens_to_generate": 0}, "num_tokens_to_generate=0: is out of range; legal: 1 to 61: the"),
+        ([PROMPT], {"num_tokens_to_generate": True}, "num_tokens_to_generate=True: is out of range"),
+        (
+            [PROMPT],
+            {"num_tokens_total": 3},
+            "num_tokens_total=3: is out of range; legal: 4 to 64: the prompt",
+        ),
+        ([PROMPT], {"top_n_logprobs": 3}, "top_n_logprobs=3: needs return_log_probs; legal: 0 without it"),
+        ([PROMPT], {"stop_words": "end"}, "stop_words='end': is not a list; legal: a list of texts"),
+        ([PROMPT], {"stop_words": [5]}, "stop_words=5: is not a text of at least one token"),
+        ([PROMPT], [None], "sampling_params=None: is not one; legal: SamplingParams, or one for each prompt"),
         (
             [PROMPT],
             {"num_tokens_total": 9, "num_tokens_to_generate": 2},
@@ -29,6 +47,7 @@ PROMPT = [1, 2, 3]
         ([PROMPT], {"top_k": 101}, "top_k=101: is out of range; legal: 0 (off) to 100"),
         ([PROMPT], {"top_p": 1.5}, "top_p=1.5: is out of range; legal: 0 (off) to 1"),
         ([PROMPT], {"top_k": 2, "top_p": 0.5}, "top_p=0.5: cannot go with top_k=2; legal: one of the two"),
+        ([PROMPT], {"stop_words": [","]}, "has no tokenizer.json, so text cannot be read"),
         ([PROMPT, PROMPT], [{}], "sampling_params=1: are not as many as prompts; legal: one, or 2"),
     ],
     ids=lambda value: value[:30] if isinstance(value, str) else "",
@@ -46,10 +65,75 @@ def test_an_error_leaves_the_engine_usable(world, tiny):
     assert answers == [[model.greedy(PROMPT, 5)]] * 2
 
 
+def test_a_request_refused_late_leaves_nothing_behind(world, tiny):
+    """The second prompt's stop word cannot be read: the first must not stay queued."""
+    model, stops = tiny("mamba"), [{"temperature": 0}, {"temperature": 0, "stop_words": [","]}]
+    world(2).run(jobs.error_of, model.path, [PROMPT, PROMPT], stops, max_sequence_length=64)
+    answers = world(2).run(jobs.greedy, model.path, [PROMPT], 5, max_sequence_length=64)
+    assert answers == [[model.greedy(PROMPT, 5)]] * 2
+
+
+def test_a_second_stream_waits_for_the_first(world, tiny):
+    expected = "stream='another': is still open; legal: consume it, or close() it, before the next"
+    model = tiny("mamba")
+    for error, rest, later in world(2).run(jobs.two_streams, model.path, PROMPT):
+        assert error == expected
+        assert rest == later == model.greedy(PROMPT, 6)
+
+
+def test_text_beyond_the_vocabulary_is_refused(world, tiny):
+    """A tokenizer of 1531 entries on a model of 101: no rank may look its ids up."""
+    answers = world(2).run(jobs.error_of_text, tiny("mamba").path, MAMBA / "tokenizer.json", "And God said")
+    assert answers[0] == answers[1]
+    assert answers[0].endswith("is out of the vocabulary; legal: integers from 0 to 100")
+
+
+def test_numpy_and_torch_token_ids_are_read(world, tiny):
+    model = tiny("mamba")
+    expected = [model.greedy(PROMPT, 5)] * 2
+    assert world(1).run(jobs.greedy_of_arrays, model.path, PROMPT, 5) == [expected]
+
+
+def test_another_failure_of_one_rank_ends_all(world):
+    """What is no UserError reaches the others as RuntimeError; nobody waits."""
+    assert world(2).run(jobs.agree_on_a_bug, timeout=30) == [
+        "RuntimeError: rank 1 failed: KeyError: 'x'",
+        "KeyError: 'x'",
+    ]
+
+
+def test_a_folder_that_rank_0_cannot_make(world, tiny, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(AssertionError) as error:
+        world(2).run(jobs.save_torch_dist, tiny("mamba").path, tmp_path / "file" / "saved", timeout=60)
+    assert str(error.value).count("cannot be written") == 2  # on both ranks
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    from megatron_ssm_tp import UserError
+    from megatron_ssm_tp.inference.distributed import local_device
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(
+        UserError, match="processes on this machine=2: are more than its GPUs; legal: at most 1"
+    ) as error:
+        local_device()
+    assert not error.value.of_one_rank  # torchrun told every rank
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert local_device().index == 0
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(UserError) as error:
+        local_device()
+    assert error.value.of_one_rank
+
+
 def test_logits_are_checked_too(world, tiny):
     path = tiny("mamba").path
     assert world(2).run(jobs.logits_error_of, path, []) == ["token_ids=[]: is empty; legal: at least one token"] * 2
-    expected = "token_ids=300: is out of the vocabulary; legal: 0 to 100"
+    expected = "token_ids=300: is out of the vocabulary; legal: integers from 0 to 100"
     assert world(2).run(jobs.logits_error_of, path, [300]) == [expected] * 2
 
 
@@ -59,9 +143,18 @@ def test_a_file_that_one_rank_cannot_see_ends_all(world, tiny, missing_on):
     assert answers[0] == answers[1] and "elsewhere': is not a directory" in answers[0]
 
 
-@pytest.mark.parametrize("field", ["max_requests", "max_tokens", "max_sequence_length"])
-def test_limits_are_positive(field):
+@pytest.mark.parametrize(("field", "least"), [("max_requests", 1), ("max_tokens", 1), ("max_sequence_length", 2)])
+def test_limits_are_positive(field, least):
     from megatron_ssm_tp import CacheLimits, UserError
 
-    with pytest.raises(UserError, match=f"{field}=0: is not a positive integer; legal: 1 or more"):
-        CacheLimits(**{field: 0})
+    with pytest.raises(UserError, match=f"{field}={least - 1}: is out of range; legal: an integer, {least} or more"):
+        CacheLimits(**{field: least - 1})
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 1.5, "a"])
+def test_seeds_are_what_a_generator_takes(seed):
+    from megatron_ssm_tp import UserError
+    from megatron_ssm_tp.inference.requests import check_seed
+
+    with pytest.raises(UserError, match="is out of range; legal: an integer from 0 to 2"):
+        check_seed(seed)

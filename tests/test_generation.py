@@ -1,5 +1,7 @@
 """Greedy text under Megatron's dynamic engine equals Hugging Face's, however prompts are batched, chunked or cut."""
 
+import json
+import shutil
 from pathlib import Path
 
 import jobs
@@ -114,12 +116,72 @@ def test_finish_reasons_and_times(world):
     assert answer["ttft"] > 0 and answer["tpot"] > 0
 
 
-def test_stop_words_end_an_answer(world):
+def test_running_to_the_last_token_is_length_even_if_that_token_is_the_end(world):
+    """With termination_id=-1 nothing ends an answer, so nothing has stopped it."""
+    path = CHECKPOINTS / "mamba-kjv-2.7m"
+    params = {"temperature": 0, "num_tokens_to_generate": 12, "termination_id": -1}
+    [answer] = world(1).run(jobs.generate, path, ["1"], params)[0]
+    assert answer["finish_reason"] == "length" and len(answer["token_ids"]) == 12
+
+
+@pytest.mark.parametrize("word", [",", " a son of", "hou may", "ashamed"])
+def test_stop_words_end_an_answer_and_are_never_shown(world, word):
     path = CHECKPOINTS / "mamba-kjv-2.7m"
     params = {"temperature": 0, "num_tokens_to_generate": 60}
     [whole] = world(1).run(jobs.generate, path, ["And God said"], params)[0]
-    [cut] = world(1).run(jobs.generate, path, ["And God said"], params | {"stop_words": [","]})[0]
-    assert "," in whole["text"] and cut["text"] == whole["text"].split(",")[0] and cut["finish_reason"] == "stop"
+    [cut] = world(1).run(jobs.generate, path, ["And God said"], params | {"stop_words": [word]})[0]
+    assert word in whole["text"] and cut["text"] == whole["text"].split(word)[0] and cut["finish_reason"] == "stop"
+    shown, final = world(1).run(jobs.streamed, path, "And God said", params | {"stop_words": [word]})[0]
+    assert shown == final == cut["text"]
+
+
+def test_a_stop_word_may_be_kept(world):
+    path, word = CHECKPOINTS / "mamba-kjv-2.7m", "hou may"
+    params = {"temperature": 0, "num_tokens_to_generate": 60}
+    [whole] = world(1).run(jobs.generate, path, ["And God said"], params)[0]
+    [cut] = world(1).run(
+        jobs.generate, path, ["And God said"], params | {"stop_words": [word], "detokenize_stop_sequence": True}
+    )[0]
+    assert cut["text"] == whole["text"].split(word)[0] + word
+
+
+def test_a_stream_shows_all_of_the_text_broken_characters_too(world):
+    """At this temperature the bytes of tokens seldom make characters: the end must not stay in the decoder."""
+    path = CHECKPOINTS / "mamba-kjv-2.7m"
+    params = {"temperature": 30.0, "num_tokens_to_generate": 200, "termination_id": -1}
+    shown, final = world(1).run(jobs.streamed, path, "日本", params)[0]
+    assert shown == final and "\ufffd" in final
+
+
+def test_event_loops_and_threads(world, tiny):
+    """A model built in one loop answers in another and in threads; of two threads at once one is told to wait."""
+    model = tiny("mamba")
+    expected = model.greedy([1, 2, 3], 5)
+    [found] = world(1).run(jobs.generate_in_a_loop_and_in_threads, model.path, [1, 2, 3])
+    assert found[:3] == [expected] * 3
+    assert found[3] in (
+        ["NoneType", "UserError"],
+        ["NoneType", "NoneType"],
+    )  # the second may come when the first is done
+
+
+@pytest.mark.parametrize("where", ["config.json", "generation_config.json"])
+def test_any_of_several_end_tokens_ends_an_answer_and_is_kept(world, tmp_path, where):
+    path = Path(shutil.copytree(CHECKPOINTS / "mamba-kjv-2.7m", tmp_path / "checkpoint"))
+    params = {"temperature": 0, "num_tokens_to_generate": 30}
+    [whole] = world(1).run(jobs.generate, path, ["And God said"], params)[0]
+    end = whole["token_ids"][7]
+    for file in ("config.json", "generation_config.json"):
+        config = json.loads((path / file).read_text())
+        config["eos_token_id"] = [0, end] if file == where or file == "config.json" else None
+        (path / file).write_text(json.dumps(config))
+    if where == "generation_config.json":
+        config = json.loads((path / "config.json").read_text()) | {"eos_token_id": 0}
+        (path / "config.json").write_text(json.dumps(config))
+    other = Path(shutil.copytree(path, tmp_path / "edited"))  # ranks keep models by path
+    [cut] = world(1).run(jobs.generate, other, ["And God said"], params)[0]
+    first = whole["token_ids"].index(end)
+    assert cut["token_ids"] == whole["token_ids"][: first + 1] and cut["finish_reason"] == "stop"
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

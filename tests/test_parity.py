@@ -27,6 +27,25 @@ def test_logits(world, tiny, family, tied, tp):
         assert error < 1e-4, f"rank {rank}"
 
 
+UNUSUAL = {"layer_norm_epsilon": 1e-2, "conv_kernel": 3, "use_conv_bias": False, "use_bias": True}
+
+
+@pytest.mark.parametrize("tp", [1, 2], ids=lambda tp: f"TP{tp}")
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [("mamba", UNUSUAL), ("falcon_mamba", UNUSUAL | {"mixer_rms_eps": 1e-2})],
+    ids=["mamba", "falcon_mamba"],
+)
+def test_logits_of_unusual_settings(world, tiny, family, options, tp):
+    """Values that no default has: whoever reads a constant instead of the config differs."""
+    model = tiny(family, **options)
+    ids = torch.randint(0, 101, (37,), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = model.hf(ids[None]).logits[0].numpy()
+    for logits in world(tp).run(jobs.logits, model.path, ids.tolist()):
+        assert np.abs(logits - expected).max() < 1e-4 * np.abs(expected).max()
+
+
 def _hf_gradients(hf: torch.nn.Module, ids: torch.Tensor, labels: torch.Tensor) -> tuple[dict, float]:
     hf.zero_grad()
     loss = torch.nn.functional.cross_entropy(hf(ids).logits.flatten(0, 1), labels.flatten())

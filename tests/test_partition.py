@@ -116,7 +116,9 @@ def test_groups_go_to_the_ranks_whose_heads_use_them():
 
 
 def test_heads_are_never_split():
-    with pytest.raises(UserError, match=r"tensor_model_parallel_size=4: does not divide heads \(2\); legal: 1, 2$"):
+    with pytest.raises(
+        UserError, match=r"tensor_model_parallel_size=4: does not divide heads \(2\); legal: 1, 2 \(to 64\)$"
+    ):
         check_tp([Packing((Band("heads", 8, units=2),))], 4)
 
 

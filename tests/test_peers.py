@@ -3,16 +3,17 @@
 import multiprocessing as mp
 import os
 import time
+from pathlib import Path
 
 import pytest
 
 
-def _rank(rank: int, store: str, behaviour: str) -> None:
+def _rank(rank: int, size: int, store: str, behaviour: str) -> None:
     import torch.distributed as dist
 
     from megatron_ssm_tp.inference.peers import PeerWatch
 
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=3)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     watch = PeerWatch(dist.group.WORLD)
     dist.barrier()
     if rank == 1:
@@ -31,10 +32,23 @@ def _rank(rank: int, store: str, behaviour: str) -> None:
     ids=["a step that waits for the dead ends", "outside a step nothing happens", "a step that ends well goes on"],
 )
 def test_when_rank_1_of_3_dies(tmp_path, behaviour, expected):
+    assert exit_codes(3, tmp_path, behaviour) == expected
+
+
+def test_of_eight_ranks_all_end_soon(tmp_path):
+    """The word goes round: one grace period in all, not one for each rank between."""
+    began = time.monotonic()
+    assert exit_codes(8, tmp_path, "stuck") == [1, 9, 1, 1, 1, 1, 1, 1]
+    assert (
+        time.monotonic() - began < 45
+    )  # starting eight processes on two cores included; one by one it would be 40 more
+
+
+def exit_codes(size: int, folder: Path, behaviour: str) -> list[int]:
     context = mp.get_context("spawn")
-    ranks = [context.Process(target=_rank, args=(rank, str(tmp_path / "store"), behaviour)) for rank in range(3)]
+    ranks = [context.Process(target=_rank, args=(rank, size, str(folder / "store"), behaviour)) for rank in range(size)]
     for process in ranks:
         process.start()
     for process in ranks:
-        process.join(45)
-    assert [process.exitcode for process in ranks] == expected
+        process.join(55)
+    return [process.exitcode for process in ranks]

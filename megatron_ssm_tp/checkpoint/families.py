@@ -1,7 +1,7 @@
 """One frozen row a family: how its config.json is read and where its tensors are.
 
 Adding a family that an existing mixer can run is adding a row. Traps of real checkpoints are data here, each with a
-test in tests/test_families.py.
+test in tests/test_checkpoint.py.
 """
 
 import math
@@ -32,7 +32,8 @@ class Family:
 
     `model_names` maps our whole-model names to the file's, `layer_names` our names inside a layer to those behind
     `layer_prefix`; a name that is not listed is the same on both sides. `aliases` are other names under which the same
-    tensor is found (file's name -> the other). `read_config` turns config.json into a ModelConfig.
+    tensor is found (file's name -> the other). `read_config` turns config.json into a ModelConfig. `bcdt_norms` says
+    whether dt, B and C pass RMS norms without weight.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Family:
     layer_names: Mapping[str, str]
     layer_prefix: str
     aliases: Mapping[str, str]
+    bcdt_norms: bool = False
 
     def file_name(self, ours: str) -> str:
         """The file's name of our parameter `ours`."""
@@ -62,22 +64,38 @@ class Family:
 _REQUIRED = object()
 
 
-def _get(raw: Mapping[str, Any], field: str, kind: type | tuple[type, ...], default: Any = _REQUIRED) -> Any:
-    """raw[field], checked: integers must be positive. A null counts as absent."""
-    value = raw.get(field)
+_KINDS = {
+    int: "a positive integer",
+    float: "a positive number",
+    bool: "true or false",
+    str: "a text",
+    dict: "an object",
+}
+
+
+def _get(raw: Mapping[str, Any], field: str, kind: type, default: Any = _REQUIRED) -> Any:
+    """raw[field], checked: numbers must be positive, and a float may be written as an integer. A null is absent."""
+    value, name, expected = raw.get(field), f"config.json {field}", _KINDS[kind]
     if value is None:
         if default is _REQUIRED:
-            raise UserError(f"config.json {field}", value, "is missing", f"a value of type {_type_names(kind)}")
+            raise UserError(name, value, "is missing", expected)
         return default
-    wrong_bool = isinstance(value, bool) and kind is not bool
-    if not isinstance(value, kind) or wrong_bool or (kind is int and value < 1):
-        expected = "a positive integer" if kind is int else _type_names(kind)
-        raise UserError(f"config.json {field}", value, f"is not {expected}", expected)
+    accepted = (int, float) if kind is float else kind
+    right = isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
+    if not right or (kind in (int, float) and not 0 < value < float("inf")):
+        raise UserError(name, value, f"is not {expected}", expected)
     return value
 
 
-def _type_names(kind: type | tuple[type, ...]) -> str:
-    return " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+def _expanded(raw: Mapping[str, Any], hidden: int) -> int:
+    """d_inner by the expansion factor, which may be a fraction."""
+    return int(_get(raw, "expand", float, 2) * hidden)
+
+
+def _dt_rank(raw: Mapping[str, Any], field: str, hidden: int) -> int:
+    if raw.get(field) in ("auto", None):
+        return math.ceil(hidden / 16)
+    return _get(raw, field, int)
 
 
 def _read_dtype(raw: Mapping[str, Any]) -> str:
@@ -107,16 +125,13 @@ def _read_hf_mamba1(family: Family, raw: Mapping[str, Any]) -> ModelConfig:
     _check_activation(raw)
     hidden = _get(raw, "hidden_size", int)
     # falcon-mamba-7b says expand 16 beside intermediate_size 8192 = 2 x hidden: the latter is what the tensors have.
-    d_inner = _get(raw, "intermediate_size", int, None) or int(_get(raw, "expand", (int, float), 2) * hidden)
-    rank = raw.get("time_step_rank", "auto")
-    dt_rank = math.ceil(hidden / 16) if rank in ("auto", None) else _get(raw, "time_step_rank", int)
-    falcon = family.name == "falcon_mamba"
+    d_inner = _get(raw, "intermediate_size", int, None) or _expanded(raw, hidden)
     return ModelConfig(
         family=family.name,
         vocab_size=_get(raw, "vocab_size", int),
         hidden_size=hidden,
         num_layers=_get(raw, "num_hidden_layers", int, None) or _get(raw, "n_layer", int),
-        norm_eps=_get(raw, "layer_norm_epsilon", (int, float), 1e-5),
+        norm_eps=_get(raw, "layer_norm_epsilon", float, 1e-5),
         tied_embeddings=_get(raw, "tie_word_embeddings", bool, True),
         residual_in_fp32=_get(raw, "residual_in_fp32", bool, True),
         dtype=_read_dtype(raw),
@@ -124,10 +139,10 @@ def _read_hf_mamba1(family: Family, raw: Mapping[str, Any]) -> ModelConfig:
             d_inner=d_inner,
             d_state=_get(raw, "state_size", int, 16),
             d_conv=_get(raw, "conv_kernel", int, 4),
-            dt_rank=dt_rank,
+            dt_rank=_dt_rank(raw, "time_step_rank", hidden),
             proj_bias=_get(raw, "use_bias", bool, False),
             conv_bias=_get(raw, "use_conv_bias", bool, True),
-            bcdt_norm_eps=_get(raw, "mixer_rms_eps", (int, float), 1e-6) if falcon else None,
+            bcdt_norm_eps=_get(raw, "mixer_rms_eps", float, 1e-6) if family.bcdt_norms else None,
         ),
         eos_token_ids=_read_token_ids(raw, "eos_token_id"),
         bos_token_id=next(iter(_read_token_ids(raw, "bos_token_id")), None),
@@ -135,7 +150,11 @@ def _read_hf_mamba1(family: Family, raw: Mapping[str, Any]) -> ModelConfig:
 
 
 def _read_state_spaces(family: Family, raw: Mapping[str, Any]) -> ModelConfig:
-    """The original mamba-ssm MambaConfig: no model_type, weights in pytorch_model.bin, embedding rows padded."""
+    """The original mamba-ssm MambaConfig: no model_type, weights in pytorch_model.bin.
+
+    Embedding rows are padded to a multiple. HF's conversion of the same files calls the padded number the vocabulary,
+    and so does this: 50277 to 50279 are no tokens of GPT-NeoX's, but may be sampled in either.
+    """
     ssm = _get(raw, "ssm_cfg", dict, {})
     layer = ssm.get("layer", "Mamba1")
     if layer != "Mamba1":
@@ -146,7 +165,6 @@ def _read_state_spaces(family: Family, raw: Mapping[str, Any]) -> ModelConfig:
     if not _get(raw, "rms_norm", bool, True):
         raise UserError("config.json rms_norm", False, "is not implemented", "true")
     hidden = _get(raw, "d_model", int)
-    rank = ssm.get("dt_rank", "auto")
     multiple = _get(raw, "pad_vocab_size_multiple", int, 8)
     return ModelConfig(
         family=family.name,
@@ -158,18 +176,18 @@ def _read_state_spaces(family: Family, raw: Mapping[str, Any]) -> ModelConfig:
         residual_in_fp32=_get(raw, "residual_in_fp32", bool, True),
         dtype=_read_dtype(raw),
         mixer=Mamba1Config(
-            d_inner=int(ssm.get("expand", 2) * hidden),
-            d_state=ssm.get("d_state", 16),
-            d_conv=ssm.get("d_conv", 4),
-            dt_rank=math.ceil(hidden / 16) if rank == "auto" else rank,
-            proj_bias=ssm.get("bias", False),
-            conv_bias=ssm.get("conv_bias", True),
+            d_inner=_expanded(ssm, hidden),
+            d_state=_get(ssm, "d_state", int, 16),
+            d_conv=_get(ssm, "d_conv", int, 4),
+            dt_rank=_dt_rank(ssm, "dt_rank", hidden),
+            proj_bias=_get(ssm, "bias", bool, False),
+            conv_bias=_get(ssm, "conv_bias", bool, True),
         ),
         eos_token_ids=(0,),  # GPT-NeoX's <|endoftext|>, the tokenizer all of them were trained with
     )
 
 
-def _mamba1_row(name: str, model_types: tuple[str, ...], read_config: Callable) -> Family:
+def _mamba1_row(name: str, model_types: tuple[str, ...], read_config: Callable, bcdt_norms: bool = False) -> Family:
     return Family(
         name=name,
         model_types=model_types,
@@ -179,12 +197,13 @@ def _mamba1_row(name: str, model_types: tuple[str, ...], read_config: Callable) 
         layer_prefix="backbone.layers.{layer}.",
         # the originals and HF's first uploads say "embedding"
         aliases={"backbone.embeddings.weight": "backbone.embedding.weight"},
+        bcdt_norms=bcdt_norms,
     )
 
 
 FAMILIES: tuple[Family, ...] = (
     _mamba1_row("mamba", ("mamba",), _read_hf_mamba1),
-    _mamba1_row("falcon_mamba", ("falcon_mamba",), _read_hf_mamba1),
+    _mamba1_row("falcon_mamba", ("falcon_mamba",), _read_hf_mamba1, bcdt_norms=True),
     _mamba1_row("state_spaces_mamba", (), _read_state_spaces),
 )
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from ..config import ModelConfig
+from ..config import DTYPES, ModelConfig
 from ..errors import UserError
 from ..partition.layout import Parameter
 from .families import Family, find_family
@@ -58,10 +58,12 @@ def _match(checkpoint: Checkpoint, family: Family, config: ModelConfig) -> dict[
         stored = name if name in present else family.aliases.get(name, name)
         if stored not in present:
             raise UserError("tensor", name, "is missing from the checkpoint", f"shape {list(parameter.shape)}")
-        shape = checkpoint.shape(stored)
+        shape, dtype = checkpoint.shape(stored), checkpoint.dtype(stored)
         if shape != parameter.shape:
             legal = f"{list(parameter.shape)}, from config.json"
             raise UserError("tensor", stored, f"has shape {list(shape)}", legal)
+        if dtype not in DTYPES:
+            raise UserError("tensor", stored, f"has dtype {dtype}", ", ".join(DTYPES))
         sources[ours] = Source(stored, parameter)
     extra = present - {source.file_name for source in sources.values()} - family.optional_names(config)
     if extra:

@@ -106,25 +106,34 @@ class Checkpoint:
     """
 
     def __init__(self, path: str | Path) -> None:
+        if not isinstance(path, (str, Path)):
+            raise UserError("path", path, "is not a path", "a directory with config.json and weights")
         self.path = Path(path)
         if not self.path.is_dir():
-            raise UserError("load", str(path), "is not a directory", "a directory with config.json and weights")
+            raise UserError("path", str(path), "is not a directory", "a directory with config.json and weights")
         if not (self.path / "config.json").is_file():
-            raise UserError("load", str(path), "has no config.json", "a directory with config.json and weights")
-        self.raw_config = _read_json(self.path / "config.json")
+            raise UserError("path", str(path), "has no config.json", "a directory with config.json and weights")
+        self.raw_config = _read_json(self.path / "config.json") | self._generation_ids()
         self._files = self._open()
+
+    def _generation_ids(self) -> dict[str, Any]:
+        """eos_token_id of generation_config.json, which wins over config.json's where text is generated, as in HF."""
+        file = self.path / "generation_config.json"
+        eos = _read_json(file).get("eos_token_id") if file.is_file() else None
+        return {} if eos is None else {"eos_token_id": eos}
 
     def _open(self) -> dict[str, _TensorFile]:
         """name -> the file that holds it."""
         found = next((name for name in _WEIGHT_FILES if (self.path / name).is_file()), None)
         if found is None:
-            raise UserError("load", str(self.path), "has no weights", " or ".join(_WEIGHT_FILES))
+            raise UserError("path", str(self.path), "has no weights", " or ".join(_WEIGHT_FILES))
         if not found.endswith(".index.json"):
             file = _open_file(self.path / found)
             return dict.fromkeys(file.names(), file)
         weight_map = _read_json(self.path / found).get("weight_map")
-        if not isinstance(weight_map, Mapping):
-            raise UserError("file", str(self.path / found), "has no weight_map", "an index with a weight_map object")
+        if not isinstance(weight_map, Mapping) or not all(isinstance(name, str) for name in weight_map.values()):
+            legal = "an index with a weight_map of tensor to file name"
+            raise UserError("file", str(self.path / found), "has no weight_map", legal)
         files = {name: _open_file(self.path / name) for name in sorted(set(weight_map.values()))}
         return {tensor: file for file in files.values() for tensor in file.names()} | {
             tensor: files[name] for tensor, name in weight_map.items() if tensor in files[name].names()

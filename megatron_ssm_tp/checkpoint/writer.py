@@ -12,6 +12,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from ..compat.cpu import megatron_on_cpu
 from ..config import ModelConfig
 from ..errors import UserError
+from ..ranks import agree
 
 _PREFIX = "model."
 _CONFIG = "model_config"
@@ -29,23 +30,28 @@ def save_torch_dist(
     A program that calls this needs `if __name__ == "__main__"`: Megatron spawns a helper process that imports it.
 
     Raises:
-        UserError: `path` exists.
+        UserError: `path` exists or cannot be written; the same on every rank.
     """
     path = Path(path)
-    if path.exists():
-        raise UserError("save", str(path), "exists", "a path that does not")
     partial = path.with_name(path.name + ".partial")
-    speaker = dist.get_rank() == 0
-    if speaker:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
+    agree(lambda: _make_room(path, partial), dist.group.WORLD)
     with megatron_on_cpu():
         dist_checkpointing.save(_sharded(model, groups) | {_CONFIG: dataclasses.asdict(config)}, str(partial))
     dist.barrier()
-    if speaker:
-        partial.rename(path)
-    dist.barrier()
+    agree(lambda: partial.rename(path) if dist.get_rank() == 0 else None, dist.group.WORLD)
+
+
+def _make_room(path: Path, partial: Path) -> None:
+    """Rank 0 alone decides and acts: another node may see the file system late."""
+    if dist.get_rank() != 0:
+        return
+    if path.exists():
+        raise UserError("save", str(path), "exists", "a path that does not")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise UserError("save", str(path), f"cannot be written ({error})", "a path in a folder that can be") from error
 
 
 def load_torch_dist(

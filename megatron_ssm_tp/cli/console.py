@@ -9,9 +9,11 @@ from typing import NoReturn
 
 from ..errors import PeerLostError, UserError
 
-USER_ERROR, RUN_ERROR = 2, 1
+RUN_ERROR, USER_ERROR, INTERRUPTED = 1, 2, 130
 # torchrun ends all ranks when the first one exits: the silent ones leave rank 0 time to speak.
 _LET_RANK_0_SPEAK = 1.0
+# What the library calls a thing, where the command line calls it otherwise.
+_FLAGS = {"path": "--load", "num_tokens_to_generate": "--max-new-tokens", "tokenizer": "--tokenizer-model"}
 
 
 def is_speaker() -> bool:
@@ -24,13 +26,19 @@ def say(text: str = "", end: str = "\n") -> None:
         print(text, end=end, flush=True)
 
 
-def fail(message: str) -> NoReturn:
-    """End every rank with status 2; rank 0 prints the one line."""
-    if is_speaker():
+def leave(status: int) -> NoReturn:
+    """End the process at once: destructors of a process group that others have left may wait, or abort."""
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def fail(message: str, of_one_rank: bool = False) -> NoReturn:
+    """End with status 2, as every rank does; rank 0 prints the one line, or this rank if the others do not know."""
+    if is_speaker() or of_one_rank:
         print(f"error: {message}", file=sys.stderr, flush=True)
     else:
         time.sleep(_LET_RANK_0_SPEAK)
-    sys.exit(USER_ERROR)
+    leave(USER_ERROR)
 
 
 class Parser(argparse.ArgumentParser):
@@ -42,15 +50,42 @@ class Parser(argparse.ArgumentParser):
 
 def guarded(run: Callable[[], None]) -> int:
     """Run a subcommand; returns its exit status. What the user can cause becomes one line."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows another
     try:
         run()
     except UserError as mistake:
-        fail(str(mistake))
+        shown = UserError(_flag(mistake.field), mistake.value, mistake.problem, mistake.legal)
+        fail(str(shown), mistake.of_one_rank)
     except PeerLostError as loss:
-        # Whoever notices says so: rank 0 may be the one that is gone. Skips destructors that would wait for it.
+        # Whoever notices says so: rank 0 may be the one that is gone.
         print(f"error: {loss}", file=sys.stderr, flush=True)
-        os._exit(RUN_ERROR)
+        leave(RUN_ERROR)
+    except BrokenPipeError:  # whoever read our output has enough
+        leave(RUN_ERROR)
     except KeyboardInterrupt:
         say("\ninterrupted")
-        return RUN_ERROR
+        leave(INTERRUPTED)
     return 0
+
+
+def _flag(field: str) -> str:
+    """The option of this field, if it is one's: options are the library's names with dashes."""
+    if field in _FLAGS:
+        return _FLAGS[field]
+    return f"--{field.replace('_', '-')}" if field in _OPTIONS else field
+
+
+_OPTIONS = {
+    "tensor_model_parallel_size",
+    "prompt_file",
+    "temperature",
+    "top_k",
+    "top_p",
+    "seed",
+    "dtype",
+    "max_sequence_length",
+    "max_requests",
+    "max_tokens",
+    "json",
+}

@@ -1,4 +1,4 @@
-"""`doctor`: what is installed, what the machine has, and what is missing for what."""
+"""`doctor`: what is installed, what the machine has, and what is missing."""
 
 import argparse
 import platform
@@ -6,18 +6,15 @@ from importlib import metadata
 
 from .console import say
 
-# distribution, what it is for, whether anything today stops without it
+# distribution, what it is for, whether the product stops without it
 _LIBRARIES = (
     ("torch", "everything", True),
     ("megatron-core", "everything", True),
     ("safetensors", "reading checkpoints", True),
-    ("tokenizers", "text prompts (token ids work without)", True),
-    ("triton", "nothing yet", False),
-    ("transformers", "tests and tools/train_demo_checkpoints.py", False),
+    ("tokenizers", "text prompts", True),
+    ("transformers", "tests, and training the demo checkpoints", False),
     ("mamba-ssm", "training the demo checkpoints fast on a GPU", False),
     ("causal-conv1d", "training the demo checkpoints fast on a GPU", False),
-    ("transformer-engine", "nothing: our norms and linears do without", False),
-    ("flash-attn", "nothing: these models have no attention", False),
 )
 
 
@@ -40,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
         version = _version(name)
         if version is None and required:
             missing.append((name, purpose))
-        say(f"  {name:20} {version or 'not found':14} for {purpose}")
+        say(f"  {name:20} {version or 'not found':14} {purpose}")
     _kernels()
     _devices()
     say("\nmissing")

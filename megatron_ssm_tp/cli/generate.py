@@ -1,8 +1,10 @@
 """`generate`: text as it comes, then its speed."""
 
 import argparse
+import faulthandler
 import json
-import logging
+import os
+import signal
 import statistics
 import time
 import warnings
@@ -31,11 +33,15 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--tensor-model-parallel-size", type=int, metavar="N", help="default: the number of processes")
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times")
     parser.add_argument("--prompt-file", metavar="FILE", help="one prompt a line; blank lines are passed over")
-    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
-    parser.add_argument("--temperature", type=float, help="0 is greedy; default: greedy, or 1 with --top-k or --top-p")
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="for each prompt (128)")
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        help="0 is greedy; default: greedy, or 1 with --top-k or --top-p",
+    )
     parser.add_argument("--top-k", type=int, default=0, help="sample among the k likeliest; 0 is off")
     parser.add_argument("--top-p", type=float, default=0.0, help="sample among the likeliest that sum to p; 0 is off")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of sampling: the same seed gives the same text")
     parser.add_argument("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16, float16")
     parser.add_argument("--tokenizer-model", metavar="FILE", help="a tokenizer.json, or a directory that has one")
     parser.add_argument("--max-sequence-length", type=int, default=32768, help="prompt and answer, in tokens")
@@ -46,32 +52,37 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
 
 
-def _read_prompts(args: argparse.Namespace) -> list[str]:
+def _read_inputs(args: argparse.Namespace) -> list[str]:
+    """The prompts; also finds out what would fail only after the work."""
     prompts = list(args.prompt or [])
+    if args.json not in (None, STDOUT) and not os.access(Path(args.json).parent, os.W_OK):
+        raise UserError("json", args.json, "cannot be written", "a file in a folder that exists and may be written to")
     if args.prompt_file is not None:
         try:
-            lines = Path(args.prompt_file).read_text(encoding="utf-8").splitlines()
+            lines = Path(args.prompt_file).read_text(encoding="utf-8-sig").replace("\r\n", "\n").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(
                 "prompt_file", args.prompt_file, f"cannot be read ({error})", "a UTF-8 text file"
             ) from error
-        prompts += [line for line in lines if line.strip()]
+        found = [line for line in lines if line.strip()]
+        if not found:
+            raise UserError("prompt_file", args.prompt_file, "has no prompt", "one prompt a line")
+        prompts += found
     if not prompts:
-        raise UserError("prompt", args.prompt_file, "is nowhere given", "--prompt TEXT, or --prompt-file with a line")
+        raise UserError("--prompt", None, "is missing", "--prompt TEXT or --prompt-file FILE")
     return prompts
 
 
-def _quiet_imports() -> None:
-    """Megatron's imports tell of Apex and Transformer Engine, torch's of a missing CUDA; none of it is needed."""
-    warnings.filterwarnings("ignore")
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-
-
 def run(args: argparse.Namespace) -> None:
-    prompts = _read_prompts(args)
-    _quiet_imports()
     from .. import LLM, CacheLimits, SamplingParams
+    from ..inference.distributed import join
+    from ..ranks import agree
 
+    warnings.filterwarnings("ignore")  # what Megatron says while it runs is for those who develop it
+    for number in (signal.SIGINT, signal.SIGTERM):
+        faulthandler.unregister(number)  # Megatron's coordinator registers a stack dump for both when it is imported
+    _, groups = join(args.tensor_model_parallel_size)
+    prompts = agree(lambda: _read_inputs(args), groups.tp)
     sampled = bool(args.top_k or args.top_p)
     temperature = args.temperature if args.temperature is not None else float(sampled)
     params = SamplingParams(
@@ -94,7 +105,9 @@ def run(args: argparse.Namespace) -> None:
     started = time.monotonic()
     pieces = llm.stream(prompts, params)
     outputs = _collect(pieces) if args.json == STDOUT else _print_as_it_comes(prompts, pieces)
-    _report(args, llm, outputs, time.monotonic() - started)
+    seconds = time.monotonic() - started
+    agree(lambda: _report(args, llm, outputs, seconds), groups.tp)
+    llm.close()
     _leave_group()
 
 
@@ -156,7 +169,7 @@ def _write_whole(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
         partial.replace(path)
     except OSError as error:
-        raise UserError("json", str(path), f"cannot be written ({error})", "a file in a folder that exists") from error
+        raise UserError("json", str(path), f"cannot be written ({error})", "a file that can be written") from error
 
 
 def _leave_group() -> None:

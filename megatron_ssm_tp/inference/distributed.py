@@ -1,7 +1,6 @@
-"""The ranks of one tensor-parallel run: starting them, their groups, agreeing on errors."""
+"""The ranks of one tensor-parallel run: starting them, and their groups."""
 
 import os
-from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -9,30 +8,56 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from ..errors import UserError
+from .peers import lost_peers_reported
 
 
 def local_device() -> torch.device:
-    """This process's GPU (by torchrun's LOCAL_RANK), or the CPU where there is none."""
+    """This process's GPU (by torchrun's LOCAL_RANK), or the CPU where there is none.
+
+    Raises:
+        UserError: more processes on this machine than GPUs.
+    """
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if local_rank >= torch.cuda.device_count():
-        legal = f"at most {torch.cuda.device_count()} processes on this machine"
-        raise UserError("local rank", local_rank, "has no GPU", legal)
+    gpus, local_rank = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", 0))
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1))
+    if processes > gpus:
+        legal = f"at most {gpus}, one for each GPU; or CUDA_VISIBLE_DEVICES= to run on the CPU"
+        error = UserError("processes on this machine", processes, "are more than its GPUs", legal)
+        error.of_one_rank = "LOCAL_WORLD_SIZE" not in os.environ
+        raise error
     return torch.device("cuda", local_rank)
 
 
-def start(device: torch.device) -> None:
+def join(tp: int | None) -> tuple[torch.device, ProcessGroupCollection]:
+    """Start this rank and meet the others: its device, and Megatron's groups with all ranks in the tensor-parallel one.
+
+    Raises:
+        UserError: see local_device and tensor_parallel_groups.
+        PeerLostError: the others could not be met.
+    """
+    device = local_device()
+    _start(device)
+    return device, tensor_parallel_groups(tp)
+
+
+def _start(device: torch.device) -> None:
     """Initialize torch.distributed unless that is done: from torchrun's environment, or alone in a plain process."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if dist.is_initialized():
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
-    if "WORLD_SIZE" in os.environ and "RANK" in os.environ:
-        dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    with lost_peers_reported():
+        if "WORLD_SIZE" in os.environ and "RANK" in os.environ:
+            for name in ("MASTER_ADDR", "MASTER_PORT"):
+                if name not in os.environ:
+                    raise UserError(
+                        f"environment {name}", None, "is not set beside WORLD_SIZE", "torchrun's environment"
+                    )
+            dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
 def tensor_parallel_groups(tp: int | None) -> ProcessGroupCollection:
@@ -52,22 +77,3 @@ def tensor_parallel_groups(tp: int | None) -> ProcessGroupCollection:
         legal = f"{groups.tp.size()}, as Megatron was initialized before"
         raise UserError("tensor_model_parallel_size", world, "differs from Megatron's own", legal)
     return groups
-
-
-def agree[T](step: Callable[[], T], group: dist.ProcessGroup) -> T:
-    """Run `step` on every rank of `group`; if it raises UserError on any, raise the first rank's on all.
-
-    A file that only one node cannot see thus ends the run everywhere, with one message, instead of a hang.
-    """
-    result, error = None, None
-    try:
-        result = step()
-    except UserError as mistake:
-        error = mistake
-    if group.size() > 1:
-        errors: list[UserError | None] = [None] * group.size()
-        dist.all_gather_object(errors, error, group=group)
-        error = error or next((found for found in errors if found is not None), None)
-    if error is not None:
-        raise error
-    return result  # type: ignore[return-value]  # no error: step returned

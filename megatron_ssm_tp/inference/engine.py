@@ -1,6 +1,9 @@
 """Megatron's DynamicInferenceEngine around our model: continuous batching over slots of state, chunked prefill."""
 
-from collections.abc import Callable, Iterator
+import asyncio
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -15,15 +18,26 @@ from megatron.core.inference.text_generation_controllers.text_generation_control
 from megatron.core.inference.utils import InferenceMode
 
 from ..compat.cpu import megatron_on_cpu
+from ..errors import UserError
 from ..layers.model import SSMModel
+from .stopping import StopCondition
 from .tokenizer import NoTokenizer, TextTokenizer
 
 
 @dataclass(frozen=True)
-class Progress:
-    """What a request has generated after a step; `finished` is set with its last tokens."""
+class Request:
+    """A prompt to continue, checked: Megatron fails requests silently. `stop` says when its answer is over early."""
 
-    request_id: int
+    prompt: list[int]
+    params: SamplingParams
+    stop: StopCondition
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What request `index` has generated after a step; `finished` is set with its last tokens."""
+
+    index: int
     token_ids: list[int]
     log_probs: list[float] | None
     finished: bool
@@ -50,46 +64,81 @@ class DynamicEngine:
             self.context = DynamicInferenceContext(model.config, config)
             self.controller = TextGenerationController(GPTInferenceWrapper(model, self.context), tokenizer)
             self._engine = DynamicInferenceEngine(self.controller, self.context)
+            # Megatron takes the loop that happens to run while the engine is built.
+            self._loop = self._engine._loop = asyncio.new_event_loop()
+        self._device = self.context.mamba_ssm_states.device
+        self._one_run = threading.Lock()
+        self._shown: dict[int, int] = {}
 
     def seed(self, seed: int) -> None:
         """Restart the sampling generator; the same on every rank."""
         self.controller.sampling_rng.manual_seed(seed)
 
-    def add(self, prompt: list[int], params: SamplingParams, extra_stop_ids: tuple[int, ...] = ()) -> int:
-        """Queue a request; returns its id. Validated before: Megatron fails requests silently."""
-        request_id = int(next(self._engine.request_counter))
-        with megatron_inference():
-            self._engine.add_request(request_id, prompt, params)
-        request = self._engine.get_request(request_id)
-        if request.status == Status.FAILED:
-            raise RuntimeError(f"Megatron refused request {request_id}: {request.events[-1]}")
-        request.stop_word_ids = (request.stop_word_ids or []) + [[token] for token in extra_stop_ids]
-        return request_id
+    def run(
+        self, requests: Sequence[Request], around_step: Callable[[], AbstractContextManager] = nullcontext
+    ) -> Iterator[Progress]:
+        """Step until all requests are answered; yields each one's state whenever it has changed.
 
-    def run(self, around_step: Callable[[], AbstractContextManager] = nullcontext) -> Iterator[Progress]:
-        """Step until no request is left; yields every request's state whenever it has changed.
+        Each step runs inside `around_step()`. Abandoned midway, or left by an error, it drops what is left.
 
-        Each step runs inside `around_step()`. Abandoned midway, or left by an error, it drops what was queued.
+        Raises:
+            UserError: another run is not over.
         """
-        seen: dict[int, int] = {}
+        if not self._one_run.acquire(blocking=False):
+            raise UserError("stream", "another", "is still open", "consume it, or close() it, before the next")
         try:
+            ids = {self._add(request): index for index, request in enumerate(requests)}
             while self._engine.has_unfinished_requests():
                 with megatron_inference(), torch.inference_mode(), around_step():
-                    result = self._engine.step_modern()
-                finished = [record[-1] for record in result["finished_request_records"]]
+                    result = self._step()
                 active = [self._engine.get_request(request_id) for request_id in self._engine.requests]
-                yield from self._changes(active, seen, finished=False)
-                yield from self._changes(finished, seen, finished=True)
+                finished = [record[-1] for record in result["finished_request_records"]]
+                self._end_early(active, requests, ids)
+                yield from self._changes(active, finished, ids)
         finally:
+            self._shown.clear()
             if self._engine.has_unfinished_requests():
                 with megatron_inference():
                     self._engine.reset()
+            self._one_run.release()
 
-    @staticmethod
-    def _changes(requests: list[DynamicInferenceRequest], seen: dict[int, int], finished: bool) -> Iterator[Progress]:
-        for request in requests:
+    def _step(self) -> dict:
+        """One step of Megatron's coroutine, on a loop of our own: the caller's may be running, or closed, or gone."""
+        step = self._engine.async_step()
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            return self._loop.run_until_complete(step)
+        with ThreadPoolExecutor(max_workers=1, initializer=self._on_same_device) as thread:
+            return thread.submit(self._loop.run_until_complete, step).result()
+
+    def _on_same_device(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+
+    def _add(self, request: Request) -> int:
+        request_id = int(next(self._engine.request_counter))
+        with megatron_inference():
+            self._engine.add_request(request_id, request.prompt, request.params)
+        added = self._engine.get_request(request_id)
+        if added.status == Status.FAILED:
+            raise RuntimeError(f"Megatron refused request {request_id}: {added.events[-1]}")
+        return request_id
+
+    def _end_early(
+        self, active: list[DynamicInferenceRequest], requests: Sequence[Request], ids: dict[int, int]
+    ) -> None:
+        """Have Megatron end what is over: it knows one end token and matches stop words by tokens, we know more."""
+        for request in active:
+            if requests[ids[request.request_id]].stop.ends(request.generated_tokens):
+                self._engine.stop_word_finished_request_ids.add(request.request_id)
+
+    def _changes(
+        self, active: list[DynamicInferenceRequest], finished: list[DynamicInferenceRequest], ids: dict[int, int]
+    ) -> Iterator[Progress]:
+        for request, is_last in [*((r, False) for r in active), *((r, True) for r in finished)]:
             count = len(request.generated_tokens)
-            if finished or count != seen.get(request.request_id, 0):
-                seen[request.request_id] = count
+            if is_last or count != self._shown.get(request.request_id, 0):
+                self._shown[request.request_id] = count
                 tokens = [int(token) for token in request.generated_tokens]
-                yield Progress(request.request_id, tokens, request.generated_log_probs, finished)
+                yield Progress(ids[request.request_id], tokens, request.generated_log_probs, is_last)

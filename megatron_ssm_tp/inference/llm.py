@@ -16,11 +16,22 @@ from ..config import DTYPES
 from ..errors import UserError
 from ..layers.model import SSMModel, build_model
 from ..partition.layout import check_tp_size
-from .distributed import agree, local_device, start, tensor_parallel_groups
-from .engine import DynamicEngine, Progress
+from ..ranks import agree
+from .distributed import join
+from .engine import DynamicEngine, Progress, Request
 from .peers import PeerWatch, lost_peers_reported
-from .requests import GenerationOutput, Limits, Prompt, check_token_ids, read_params, read_prompt
+from .requests import (
+    GenerationOutput,
+    Limits,
+    Prompt,
+    check_seed,
+    check_token_ids,
+    read_params,
+    read_prompt,
+    read_stop_words,
+)
 from .state import CacheLimits, inference_config
+from .stopping import StopCondition
 from .tokenizer import NoTokenizer, TextTokenizer, load_tokenizer
 
 
@@ -46,8 +57,8 @@ def _parse_dtype(dtype: str | torch.dtype, checkpoint: ModelCheckpoint) -> torch
 class LLM:
     """A model ready to generate. Under torchrun every rank builds it and makes the same calls; each gets every result.
 
-    Use `from_pretrained`. Between calls the process is as it was: Megatron's inference mode is off and, on a machine
-    without CUDA, torch.cuda untouched.
+    Use `from_pretrained`, and `close` (or a with statement) where a model is not kept to the end. Between calls the
+    process is as it was: Megatron's inference mode is off and, on a machine without CUDA, torch.cuda untouched.
     """
 
     def __init__(
@@ -58,8 +69,9 @@ class LLM:
         engine_config = inference_config(model, self.config, limits, model.pg_collection)
         self.engine = DynamicEngine(model, engine_config, tokenizer)
         tp_group = model.pg_collection.tp
-        watched = tp_group.size() > 1 and torch.cuda.is_available()
-        self._step = PeerWatch(tp_group).step if watched else nullcontext
+        on_gpu = model.embedding.word_embeddings.weight.is_cuda
+        self._watch = PeerWatch(tp_group) if on_gpu and tp_group.size() > 1 else None
+        self._step = self._watch.step if self._watch else nullcontext
 
     @classmethod
     def from_pretrained(
@@ -84,20 +96,23 @@ class LLM:
 
         Raises:
             UserError: anything wrong with these or with the files; the same on every rank.
-            PeerLostError: another rank ended.
+            PeerLostError: another rank ended. On GPUs the process then ends with status 1, here and in later calls:
+                nothing can leave a NCCL kernel that waits.
         """
-        device = local_device()
-        start(device)
-        groups = tensor_parallel_groups(tensor_model_parallel_size)
+        device, groups = join(tensor_model_parallel_size)
         tp = groups.tp.size()
 
+        check_seed(seed)
+
         def read_headers() -> tuple[ModelCheckpoint, torch.dtype, TextTokenizer | NoTokenizer]:
+            if not isinstance(limits, CacheLimits):
+                raise UserError("limits", limits, "is not one", "CacheLimits(max_requests=..., ...)")
             checkpoint = open_model(path)
             check_tp_size(checkpoint.config, tp)
             words = load_tokenizer(Path(tokenizer or path), checkpoint.config)
             return checkpoint, _parse_dtype(dtype, checkpoint), words
 
-        limits = limits or CacheLimits()
+        limits = limits if limits is not None else CacheLimits()
         with lost_peers_reported(), megatron_on_cpu():
             checkpoint, params_dtype, words = agree(read_headers, groups.tp)
             model = build_model(
@@ -124,7 +139,8 @@ class LLM:
             seed: restarts the sampling generator before this call.
 
         Raises:
-            UserError: a prompt or parameter that cannot be served; nothing has been generated then.
+            UserError: a prompt or parameter that cannot be served, or a stream that is still open; nothing has been
+                generated then.
             PeerLostError: another rank ended while generating.
         """
         pieces = self.stream(prompts, sampling_params, seed=seed)
@@ -141,35 +157,53 @@ class LLM:
         """As `generate`, yielding each prompt's new tokens after every step; consume it on all ranks."""
         requests = self._read_requests(prompts, sampling_params)
         if seed is not None:
-            self.engine.seed(seed)
+            self.engine.seed(check_seed(seed))
         return self._run(prompts, requests)
 
     def _read_requests(
         self, prompts: Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None
-    ) -> list[tuple[list[int], SamplingParams]]:
-        if isinstance(prompts, str):
-            raise UserError("prompts", prompts, "is one text", "a list of texts or of lists of token ids")
+    ) -> list[Request]:
+        if not isinstance(prompts, Sequence) or isinstance(prompts, (str, bytes)):
+            raise UserError("prompts", prompts, "is not a list", "a list of texts or of lists of token ids")
         given = sampling_params if sampling_params is not None else SamplingParams(temperature=0)
         each = list(given) if isinstance(given, Sequence) else [given] * len(prompts)
+        for params in each:
+            if not isinstance(params, SamplingParams):
+                raise UserError("sampling_params", params, "is not one", "SamplingParams, or one for each prompt")
         if len(each) != len(prompts):
             raise UserError("sampling_params", len(each), "are not as many as prompts", f"one, or {len(prompts)}")
         requests = []
         for index, (prompt, params) in enumerate(zip(prompts, each, strict=True)):
             ids = read_prompt(f"prompts[{index}]", prompt, params, self.tokenizer, self.limits)
-            requests.append((ids, read_params(params, len(ids), self.config.vocab_size, self.limits)))
+            ends = self.config.eos_token_ids if params.termination_id is None else (params.termination_id,)
+            words = read_stop_words(params, self.tokenizer)
+            stop = StopCondition(frozenset(ends), words, params.detokenize_stop_sequence, self.tokenizer)
+            requests.append(Request(ids, read_params(params, len(ids), self.limits), stop))
         return requests
 
-    def _run(self, prompts: Sequence[Prompt], requests: list[tuple[list[int], SamplingParams]]) -> Iterator[TextPiece]:
+    def _run(self, prompts: Sequence[Prompt], requests: list[Request]) -> Iterator[TextPiece]:
         started = time.monotonic()
-        answers: dict[int, _Answer] = {}
+        texts = [prompt if isinstance(prompt, str) else None for prompt in prompts]
+        answers = [
+            _Answer(index, text, request, self.tokenizer, started)
+            for index, (text, request) in enumerate(zip(texts, requests, strict=True))
+        ]
         with lost_peers_reported():
-            for index, (ids, params) in enumerate(requests):
-                extra_stops = self.config.eos_token_ids[1:] if params.termination_id is None else ()
-                request_id = self.engine.add(ids, params, extra_stops)
-                text = prompts[index] if isinstance(prompts[index], str) else None
-                answers[request_id] = _Answer(index, text, ids, params, self.tokenizer, started)
-            for progress in self.engine.run(self._step):
-                yield answers[progress.request_id].advance(progress)
+            for progress in self.engine.run(requests, self._step):
+                yield answers[progress.index].advance(progress)
+
+    def close(self) -> None:
+        """Let go of engine and peers. The model's memory is free when no one holds the LLM any longer."""
+        if self._watch:
+            self._watch.close()
+        self._watch, self._step = None, nullcontext
+        self.engine = None
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
     @torch.no_grad()
     def logits(self, token_ids: Sequence[int]) -> torch.Tensor:
@@ -190,40 +224,33 @@ class _Answer:
     """One request on its way to a GenerationOutput."""
 
     def __init__(
-        self,
-        index: int,
-        prompt: str | None,
-        prompt_token_ids: list[int],
-        params: SamplingParams,
-        tokenizer: TextTokenizer | NoTokenizer,
-        started: float,
+        self, index: int, prompt: str | None, request: Request, tokenizer: TextTokenizer | NoTokenizer, started: float
     ) -> None:
-        self._index, self._prompt, self._prompt_token_ids, self._params = index, prompt, prompt_token_ids, params
-        self._tokenizer, self._stream, self._started = tokenizer, tokenizer.stream(), started
-        self._shown = 0
-        self._first: float | None = None
+        self._index, self._prompt, self._request, self._tokenizer = index, prompt, request, tokenizer
+        self._stream, self._started, self._first = tokenizer.stream(), started, None
+        self._tokens, self._text, self._shown = 0, "", 0
 
     def advance(self, progress: Progress) -> TextPiece:
         now = time.monotonic()
         self._first = self._first or now
-        new = progress.token_ids[self._shown :]
-        text = "".join(self._stream.push(token) for token in new)
-        self._shown += len(new)
+        new = progress.token_ids[self._tokens :]
+        self._tokens += len(new)
+        self._text += "".join(self._stream.push(token) for token in new)
         output = self._output(progress, now) if progress.finished else None
+        # Until the end a stop word may begin in what is there, and bytes may wait for the rest of their character.
+        known = output.text if output else self._request.stop.sure(self._text)
+        text, self._shown = known[self._shown :], max(self._shown, len(known))
         return TextPiece(self._index, new, text, output)
 
     def _output(self, progress: Progress, now: float) -> GenerationOutput:
-        tokens = progress.token_ids
-        cut_short = len(tokens) < self._params.num_tokens_to_generate
-        stop_ids = {self._params.termination_id, self._tokenizer.eod}
-        ended = cut_short or (bool(tokens) and tokens[-1] in stop_ids)
+        tokens, params, stop = progress.token_ids, self._request.params, self._request.stop
         return GenerationOutput(
             prompt=self._prompt,
-            prompt_token_ids=self._prompt_token_ids,
+            prompt_token_ids=self._request.prompt,
             token_ids=tokens,
-            text=self._tokenizer.detokenize(tokens),
-            logprobs=progress.log_probs if self._params.return_log_probs else None,
-            finish_reason="stop" if ended else "length",
+            text=stop.visible(self._tokenizer.detokenize(tokens)),
+            logprobs=progress.log_probs if params.return_log_probs else None,
+            finish_reason="stop" if stop.ends(tokens) else "length",
             ttft=self._first - self._started,
             tpot=(now - self._first) / (len(tokens) - 1) if len(tokens) > 1 else None,
         )

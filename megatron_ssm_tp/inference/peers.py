@@ -6,6 +6,7 @@ import socket
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 
 import torch.distributed as dist
@@ -15,14 +16,16 @@ from ..errors import PeerLostError
 # How long a step may still run once the neighbour's process has ended: it may have ended well, a step ahead of us.
 GRACE_SECONDS = 5.0
 _CONNECT_SECONDS = 10.0
+_LOST = b"!"  # sent by a rank that ends because its own neighbour was lost: no grace is needed
 
 
 class PeerWatch:
-    """Ends this process when its neighbour has ended in the middle of a step.
+    """Ends this process (status 1, one line on stderr) when its neighbour has ended in the middle of a step.
 
     gloo's collectives fail by themselves when a peer's connection closes. NCCL's kernels wait for it, up to a time-out
-    of minutes. So each rank keeps a TCP connection to the next one over which nothing is sent: what arrives is its end.
-    The rank before notices in turn. Where no connection can be made, the launcher alone notices.
+    of minutes, in a place that Python cannot leave. So each rank keeps a TCP connection to the next one and waits for
+    its end; the rank that notices tells the one before it. Where no connection can be made, it warns, and the launcher
+    alone notices.
 
     Args:
         group: the tensor-parallel group; all its ranks construct one at the same time.
@@ -31,6 +34,7 @@ class PeerWatch:
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._neighbour = (group.rank() + 1) % group.size()
         self._step_began: float | None = None
+        self._closed = threading.Event()
         with socket.create_server((_own_address(), 0)) as listener:
             listener.settimeout(_CONNECT_SECONDS)
             addresses: list[tuple[str, int] | None] = [None] * group.size()
@@ -38,7 +42,9 @@ class PeerWatch:
             try:
                 self._next = socket.create_connection(addresses[self._neighbour], timeout=_CONNECT_SECONDS)
                 self._before, _ = listener.accept()
-            except OSError:
+            except OSError as error:
+                warnings.warn(f"ranks cannot watch each other ({error}): only the launcher sees one die", stacklevel=2)
+                self._closed.set()
                 return
         self._next.settimeout(None)
         threading.Thread(target=self._watch, name="peer-watch", daemon=True).start()
@@ -52,16 +58,27 @@ class PeerWatch:
         finally:
             self._step_began = None
 
+    def close(self) -> None:
+        """Stop watching and being watched."""
+        if not self._closed.is_set():
+            self._closed.set()
+            self._next.shutdown(socket.SHUT_RDWR)
+            self._next.close()
+            self._before.close()
+
     def _watch(self) -> None:
+        told = b""
         with contextlib.suppress(OSError):
-            self._next.recv(1)
+            told = self._next.recv(1)
         ended = time.monotonic()
-        while True:
+        grace = 0.0 if told == _LOST else GRACE_SECONDS
+        while not self._closed.wait(0.1):
             began = self._step_began
-            if began is not None and time.monotonic() - max(began, ended) > GRACE_SECONDS:
+            if began is not None and time.monotonic() - max(began, ended) > grace:
+                with contextlib.suppress(OSError):
+                    self._before.send(_LOST)
                 print(f"error: {_lost(f'rank {self._neighbour} is gone')}", file=sys.stderr, flush=True)
                 os._exit(1)
-            time.sleep(0.1)
 
 
 def _own_address() -> str:
@@ -79,17 +96,18 @@ def lost_peers_reported() -> Iterator[None]:
     """Turn the errors that collectives raise when a peer is gone into PeerLostError, one line."""
     try:
         yield
-    except dist.DistError as error:
-        raise _peer_lost(error) from error
     except RuntimeError as error:
-        if not any(sign in str(error) for sign in ("gloo", "Connection closed by peer", "NCCL", "Connection reset")):
+        if "out of memory" in str(error) or not _of_a_collective(error):
             raise
-        raise _peer_lost(error) from error
+        raise PeerLostError(_lost(str(error).strip().splitlines()[0])) from error
 
 
-def _peer_lost(error: Exception) -> PeerLostError:
-    return PeerLostError(_lost(str(error).strip().splitlines()[0]))
+def _of_a_collective(error: RuntimeError) -> bool:
+    # gloo raises plain RuntimeErrors
+    signs = ("gloo", "Connection closed by peer", "Connection reset")
+    return isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)
 
 
 def _lost(reason: str) -> str:
-    return f"rank {dist.get_rank()}: another rank ended or cannot be reached ({reason})"
+    rank = dist.get_rank() if dist.is_initialized() else os.environ.get("RANK", 0)
+    return f"rank {rank}: another rank ended or cannot be reached ({reason})"

@@ -1,8 +1,10 @@
 """What goes into generation and what comes out: checked prompts and parameters, outputs."""
 
 import copy
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 from megatron.core.inference.sampling_params import SamplingParams
 
@@ -19,7 +21,8 @@ class GenerationOutput:
     Attributes:
         prompt: the text given, or None for token ids.
         prompt_token_ids, token_ids: what was read and what was generated, an end-of-text token included.
-        text: the generated tokens as text, special tokens left out; empty without a tokenizer.
+        text: the generated tokens as text, special tokens and what a stop word cuts off left out; empty without a
+            tokenizer.
         logprobs: natural logarithm of each generated token's probability, if return_log_probs was set.
         finish_reason: "stop" (end of text or a stop word) or "length".
         ttft: seconds from the call to the first token; tpot: mean seconds for each token after it, None for one token.
@@ -44,16 +47,19 @@ class Limits:
 
 
 def check_token_ids(field: str, token_ids: Sequence[int], limits: Limits) -> list[int]:
-    """The ids as a list. Raises UserError if there are none, too many, or one that is no id of the vocabulary."""
-    ids = list(token_ids)
+    """The ids as a list of int. Raises UserError if there are none, or one that is no id of the vocabulary."""
+    legal = f"integers from 0 to {limits.vocab_size - 1}"
+    try:
+        if isinstance(token_ids, (str, bytes, bytearray)):
+            raise TypeError
+        ids = [operator.index(token) for token in token_ids]
+    except TypeError:
+        raise UserError(field, token_ids, "is not a list of token ids", legal) from None
     if not ids:
         raise UserError(field, token_ids, "is empty", "at least one token")
-    wrong = next((token for token in ids if not isinstance(token, int) or isinstance(token, bool)), None)
-    if wrong is not None:
-        raise UserError(field, wrong, "is not a token id", f"integers from 0 to {limits.vocab_size - 1}")
     outside = next((token for token in ids if not 0 <= token < limits.vocab_size), None)
     if outside is not None:
-        raise UserError(field, outside, "is out of the vocabulary", f"0 to {limits.vocab_size - 1}")
+        raise UserError(field, outside, "is out of the vocabulary", legal)
     return ids
 
 
@@ -65,56 +71,82 @@ def read_prompt(
     Raises:
         UserError: empty, too long to leave room for a token, not of the vocabulary, or text without a tokenizer.
     """
-    if isinstance(prompt, str):
-        ids = tokenizer.tokenize(prompt)
-        if not ids:
-            raise UserError(field, prompt, "is empty", "at least one token")
-    else:
-        ids = check_token_ids(field, prompt, limits)
+    ids = tokenizer.tokenize(prompt) if isinstance(prompt, str) else prompt
+    if isinstance(prompt, str) and not ids:
+        raise UserError(field, prompt, "is empty", "at least one token")
+    ids = check_token_ids(field, ids, limits)
     if params.add_BOS and tokenizer.bos is not None and ids[0] != tokenizer.bos:
-        ids = [tokenizer.bos, *ids]
+        ids = check_token_ids("bos_token_id", [tokenizer.bos, *ids], limits)
     if len(ids) >= limits.max_sequence_length:
-        legal = f"at most {limits.max_sequence_length - 1} tokens (max_sequence_length less one to generate)"
+        legal = f"at most {limits.max_sequence_length - 1}, of max_sequence_length={limits.max_sequence_length}"
         raise UserError(field, f"{len(ids)} tokens", "is longer than the maximum", legal)
     return ids
 
 
-def read_params(params: SamplingParams, prompt_length: int, vocab_size: int, limits: Limits) -> SamplingParams:
-    """A checked copy: temperature 0 becomes greedy, the token count is set, prompt log-probs are off.
+def read_params(params: SamplingParams, prompt_length: int, limits: Limits) -> SamplingParams:
+    """A checked copy for Megatron: temperature 0 becomes greedy, and the token count is set.
+
+    Stop words and prompt log-probabilities are off in it: `stopping` and `LLM.logits` see to them.
 
     Raises:
-        UserError: a field out of its range, or top_k and top_p together.
+        UserError: a field out of its range, or fields that exclude each other.
     """
     params = copy.deepcopy(params)
-    temperature, top_k, top_p = params.temperature, params.top_k, params.top_p
-    if not isinstance(temperature, (int, float)) or not 0 <= temperature < float("inf"):
-        raise UserError("temperature", temperature, "is out of range", "0 (greedy) or a positive number")
-    if not isinstance(top_k, int) or not 0 <= top_k < vocab_size:
-        raise UserError("top_k", top_k, "is out of range", f"0 (off) to {vocab_size - 1}")
-    if not isinstance(top_p, (int, float)) or not 0 <= top_p <= 1:
-        raise UserError("top_p", top_p, "is out of range", "0 (off) to 1")
+    temperature = _number("temperature", params.temperature, 0, float("inf"), "0 (greedy) or a positive number")
+    top_k = _integer("top_k", params.top_k, 0, limits.vocab_size - 1, f"0 (off) to {limits.vocab_size - 1}")
+    top_p = _number("top_p", params.top_p, 0, 1, "0 (off) to 1")
     if top_k and top_p:
         raise UserError("top_p", top_p, f"cannot go with top_k={top_k}", "one of the two")
-    if temperature == 0:
-        params.temperature, params.top_k, params.top_p = 1.0, 1, 0.0
-    params.temperature, params.top_p = float(params.temperature), float(params.top_p)
+    if params.top_n_logprobs and not params.return_log_probs:
+        raise UserError("top_n_logprobs", params.top_n_logprobs, "needs return_log_probs", "0 without it")
+    params.temperature, params.top_k, params.top_p = (temperature, top_k, top_p) if temperature else (1.0, 1, 0.0)
     params.num_tokens_to_generate = _tokens_to_generate(params, prompt_length, limits)
-    params.num_tokens_total = None
-    params.skip_prompt_log_probs = True
+    params.num_tokens_total, params.stop_words, params.skip_prompt_log_probs = None, None, True
     return params
 
 
+def read_stop_words(params: SamplingParams, tokenizer: TextTokenizer | NoTokenizer) -> list[str]:
+    """Raises UserError for a stop word that is no text, empty, or cannot be found without a tokenizer."""
+    words = [] if params.stop_words is None else params.stop_words
+    if isinstance(words, str) or not isinstance(words, Sequence):
+        raise UserError("stop_words", words, "is not a list", "a list of texts")
+    for word in words:
+        if not isinstance(word, str) or not tokenizer.tokenize(word):
+            raise UserError("stop_words", word, "is not a text of at least one token", "texts")
+    return list(words)
+
+
+def _number(field: str, value: object, low: float, high: float, legal: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real) or not (low <= value <= high and value < float("inf")):
+        raise UserError(field, value, "is out of range", legal)
+    return float(value)
+
+
+def _integer(field: str, value: object, low: int, high: int, legal: str) -> int:
+    try:
+        number = operator.index(value)  # numpy's integers are integers too
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool) or not low <= number <= high:
+        raise UserError(field, value, "is out of range", legal)
+    return number
+
+
+def check_seed(seed: object) -> int:
+    """Raises UserError unless `seed` is one that torch.Generator takes."""
+    return _integer("seed", seed, 0, 2**63 - 1, "an integer from 0 to 2^63 - 1")
+
+
 def _tokens_to_generate(params: SamplingParams, prompt_length: int, limits: Limits) -> int:
-    room = limits.max_sequence_length - prompt_length
+    most = limits.max_sequence_length
     if params.num_tokens_total is not None:
         if params.num_tokens_to_generate is not None:
             raise UserError("num_tokens_total", params.num_tokens_total, "cannot go with num_tokens_to_generate", "one")
-        field, wanted = "num_tokens_total", params.num_tokens_total - prompt_length
-    else:
-        field, wanted = "num_tokens_to_generate", params.num_tokens_to_generate
-    if wanted is None:
-        return room
-    if not isinstance(wanted, int) or not 1 <= wanted <= room:
-        legal = f"1 to {room} new tokens after {prompt_length} of prompt (max_sequence_length)"
-        raise UserError(field, getattr(params, field), "is out of range", legal)
-    return wanted
+        legal = f"{prompt_length + 1} to {most}: the prompt has {prompt_length} tokens, max_sequence_length is {most}"
+        total = _integer("num_tokens_total", params.num_tokens_total, prompt_length + 1, most, legal)
+        return total - prompt_length
+    if params.num_tokens_to_generate is None:
+        return most - prompt_length
+    room = most - prompt_length
+    legal = f"1 to {room}: the prompt has {prompt_length} tokens, max_sequence_length is {most}"
+    return _integer("num_tokens_to_generate", params.num_tokens_to_generate, 1, room, legal)

@@ -35,8 +35,9 @@ class CacheLimits:
     def __post_init__(self) -> None:
         for field in ("max_requests", "max_tokens", "max_sequence_length"):
             value = getattr(self, field)
-            if not isinstance(value, int) or value < 1:
-                raise UserError(field, value, "is not a positive integer", "1 or more")
+            least = 2 if field == "max_sequence_length" else 1
+            if not isinstance(value, int) or value < least:
+                raise UserError(field, value, "is out of range", f"an integer, {least} or more")
 
 
 def _rounded_up(value: int, multiple: int) -> int:

@@ -24,6 +24,11 @@ class TextTokenizer:
         self.vocab_size = self._tokenizer.get_vocab_size()
 
     def tokenize(self, text: str) -> list[int]:
+        """Raises UserError for text that UTF-8 cannot hold (lone surrogates)."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError("text", text, f"is not Unicode ({error.reason})", "text that UTF-8 can hold") from error
         return self._tokenizer.encode(text).ids
 
     def detokenize(self, ids: list[int], skip_special_tokens: bool = True) -> str:
@@ -54,7 +59,7 @@ class NoTokenizer:
         self.eod = self.eos_id = eod
 
     def tokenize(self, text: str) -> list[int]:
-        legal = "prompts as lists of token ids, or a tokenizer.json there or given as tokenizer"
+        legal = "a tokenizer.json there or given as tokenizer, or prompts as lists of token ids"
         raise UserError("tokenizer", str(self._where), "has no tokenizer.json, so text cannot be read", legal)
 
     def detokenize(self, ids: list[int], skip_special_tokens: bool = True) -> str:
@@ -71,6 +76,8 @@ def load_tokenizer(path: Path, config: ModelConfig) -> TextTokenizer | NoTokeniz
     """The tokenizer at `path` (a tokenizer.json or a directory that has one); NoTokenizer if there is none."""
     eod = config.eos_token_ids[0] if config.eos_token_ids else -1
     file = path / "tokenizer.json" if path.is_dir() else path
+    if not path.exists():
+        raise UserError("tokenizer", str(path), "does not exist", "a tokenizer.json, or a directory that has one")
     if not file.is_file():
         return NoTokenizer(path, config.vocab_size, eod)
     return TextTokenizer(file, eod, config.bos_token_id)

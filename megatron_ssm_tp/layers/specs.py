@@ -28,7 +28,6 @@ def _mamba_preset(config: TransformerConfig, bcdt_norm_eps: float | None = None)
         d_state=config.mamba_state_dim,
         d_conv=4,
         dt_rank=math.ceil(config.hidden_size / 16),
-        proj_bias=config.add_bias_linear,
         bcdt_norm_eps=bcdt_norm_eps,
     )
 

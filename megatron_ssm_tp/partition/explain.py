@@ -2,17 +2,17 @@
 
 from collections.abc import Callable, Iterator
 
-from ..config import ModelConfig
+from ..config import DTYPES, ModelConfig
 from .layout import Parameter, layer_prefix, legal_tp_sizes, model_parameters, state_bytes
+from .plan import LEGAL_LIMIT
 
 _AXES = ("rows", "columns")
-_ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 _FIRST_LAYER = layer_prefix(0)
 
 
 def rank_bytes(config: ModelConfig, tp: int) -> int:
     """Bytes of parameters on one rank, vocabulary padding included; every rank has the same."""
-    itemsize = _ITEMSIZE[config.dtype]
+    itemsize = DTYPES[config.dtype]
     return sum(parameter.local_bytes(tp, itemsize) for parameter in model_parameters(config).values())
 
 
@@ -21,13 +21,13 @@ def explain(config: ModelConfig, tp: int, file_name: Callable[[str], str]) -> It
 
     `file_name` gives the checkpoint's name of one of our parameters.
     """
-    mixer, itemsize = config.mixer, _ITEMSIZE[config.dtype]
+    mixer, itemsize = config.mixer, DTYPES[config.dtype]
     tied = "tied" if config.tied_embeddings else "untied"
     yield (
         f"{config.family}: {config.num_layers} layers, hidden {config.hidden_size}, d_inner {mixer.d_inner}, "
         f"d_state {mixer.d_state}, dt_rank {mixer.dt_rank}, vocabulary {config.vocab_size} {tied}, {config.dtype}"
     )
-    yield f"legal TP sizes (to 64): {', '.join(map(str, legal_tp_sizes(config)))}"
+    yield f"legal TP sizes (to {LEGAL_LIMIT}): {', '.join(map(str, legal_tp_sizes(config)))}"
     yield ""
     for name, parameter in model_parameters(config).items():
         if name.startswith(_FIRST_LAYER):

@@ -9,7 +9,7 @@ from math import prod
 
 from ..config import Mamba1Config, ModelConfig
 from .bands import Band, Packing, Uneven
-from .plan import Plan, check_tp, legal_tp
+from .plan import LEGAL_LIMIT, Plan, check_tp, legal_tp
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def _packings(config: ModelConfig) -> list[Packing]:
     return list(dict.fromkeys(p.packing for p in model_parameters(config).values() if p.packing))
 
 
-def legal_tp_sizes(config: ModelConfig, limit: int = 64) -> list[int]:
+def legal_tp_sizes(config: ModelConfig, limit: int = LEGAL_LIMIT) -> list[int]:
     """TP sizes up to `limit` at which this model can be cut."""
     return legal_tp(_packings(config), limit)
 
@@ -100,7 +100,7 @@ def check_tp_size(config: ModelConfig, tp: int) -> None:
 
 def padded_vocab_size(config: ModelConfig, tp: int) -> int:
     """Rows of embedding and head over all ranks: the vocabulary rounded up to a multiple of `tp`."""
-    return -(-config.vocab_size // tp) * tp
+    return tp * model_parameters(config)["embedding.word_embeddings.weight"].local_shape(tp)[0]
 
 
 def state_shapes(mixer: Mamba1Config, tp: int) -> tuple[tuple[int, int], tuple[int, int]]:

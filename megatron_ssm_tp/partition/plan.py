@@ -79,7 +79,10 @@ def moves(old: Plan, new: Plan) -> Iterator[Move]:
                     done = stop
 
 
-def legal_tp(packings: Iterable[Packing], limit: int = 64) -> list[int]:
+LEGAL_LIMIT = 64  # as far as messages list legal sizes
+
+
+def legal_tp(packings: Iterable[Packing], limit: int = LEGAL_LIMIT) -> list[int]:
     """TP sizes up to `limit` that every packing allows."""
     packings = set(packings)
     return [tp for tp in range(1, limit + 1) if all(packing.allows(tp) for packing in packings)]
@@ -88,14 +91,11 @@ def legal_tp(packings: Iterable[Packing], limit: int = 64) -> list[int]:
 def check_tp(packings: Iterable[Packing], tp: int) -> None:
     """Raise UserError, naming the first band in the way and the legal sizes, unless every packing allows `tp`."""
     packings = list(packings)
+    legal = f"{', '.join(map(str, legal_tp(packings)))} (to {LEGAL_LIMIT})"
     if tp < 1:
-        raise UserError("tensor_model_parallel_size", tp, "is not a positive number", _names(legal_tp(packings)))
+        raise UserError("tensor_model_parallel_size", tp, "is not a positive number", legal)
     for packing in packings:
         for band in packing.bands:
             if not band.allows(tp):
                 problem = f"does not divide {band.dimension or band.name} ({band.atoms})"
-                raise UserError("tensor_model_parallel_size", tp, problem, _names(legal_tp(packings)))
-
-
-def _names(sizes: list[int]) -> str:
-    return ", ".join(map(str, sizes))
+                raise UserError("tensor_model_parallel_size", tp, problem, legal)
