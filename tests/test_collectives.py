@@ -1,6 +1,6 @@
 """What the layers send: two all-reduces each, of R + 2N and h values a token, and nothing else."""
 
-import jobs
+import collective_jobs
 import pytest
 
 LAYERS, HIDDEN, BCDT = 3, 44, 3 + 2 * 5
@@ -10,7 +10,7 @@ LAYERS, HIDDEN, BCDT = 3, 44, 3 + 2 * 5
 @pytest.mark.parametrize("tp", [1, 2, 4], ids=lambda tp: f"TP{tp}")
 def test_two_all_reduces_a_layer(world, tiny, family, tp):
     prompts = [[1, 2, 3], [4] * 70]
-    for passes in world(tp).run(jobs.collectives_of_steps, tiny(family).path, prompts, 3):
+    for passes in world(tp).run(collective_jobs.collectives_of_steps, tiny(family).path, prompts, 3):
         assert len(passes) == 3  # both prompts prefilled together, then two decode steps
         for sent in passes:
             if tp == 1:
@@ -22,5 +22,5 @@ def test_two_all_reduces_a_layer(world, tiny, family, tp):
 
 def test_the_recorder_sees_every_kind(world):
     """Otherwise the test above could pass with a gather in the mixer."""
-    for names in world(2).run(jobs.collectives_of_megatrons_mappings):
+    for names in world(2).run(collective_jobs.collectives_of_megatrons_mappings):
         assert names == ["_allgather_base", "_reduce_scatter_base", "allreduce", "broadcast"]

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import jobs
+import megatron_jobs
 import pytest
 
 MAMBA = Path(__file__).parent.parent / "examples" / "checkpoints" / "mamba-kjv-2.7m"
@@ -105,7 +106,7 @@ def test_another_failure_of_one_rank_ends_all(world):
 def test_a_folder_that_rank_0_cannot_make(world, tiny, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(AssertionError) as error:
-        world(2).run(jobs.save_torch_dist, tiny("mamba").path, tmp_path / "file" / "saved", timeout=60)
+        world(2).run(megatron_jobs.save_torch_dist, tiny("mamba").path, tmp_path / "file" / "saved", timeout=60)
     assert str(error.value).count("cannot be written") == 2  # on both ranks
 
 

@@ -1,6 +1,6 @@
 """The plug points: specs, static engine, distributed checkpoints, dtypes under Float16Module, sizes of the cache."""
 
-import jobs
+import megatron_jobs
 import numpy as np
 import pytest
 import torch
@@ -12,24 +12,24 @@ TP = pytest.mark.parametrize("tp", [1, 2, 4], ids=lambda tp: f"TP{tp}")
 @pytest.mark.parametrize("family", ["mamba", "falcon_mamba"])
 def test_torch_dist_saved_at_2_loads_at_1_2_and_4(world, tiny, tmp_path, family, tied):
     model, ids = tiny(family, tied=tied, use_bias=True), list(range(1, 40))
-    world(2).run(jobs.save_torch_dist, model.path, tmp_path / "saved")
+    world(2).run(megatron_jobs.save_torch_dist, model.path, tmp_path / "saved")
     assert not (tmp_path / "saved.partial").exists()
     with torch.no_grad():
         expected = model.hf(torch.tensor([ids])).logits[0].numpy()
     for tp in (1, 2, 4):
-        for logits in world(tp).run(jobs.logits_from_torch_dist, model.path, tmp_path / "saved", ids):
+        for logits in world(tp).run(megatron_jobs.logits_from_torch_dist, model.path, tmp_path / "saved", ids):
             assert np.abs(logits - expected).max() < 1e-4 * np.abs(expected).max(), f"TP{tp}"
 
 
 def test_torch_dist_refuses_to_overwrite_and_to_load_another_model(world, tiny, tmp_path):
     mamba, falcon = tiny("mamba").path, tiny("falcon_mamba").path
-    world(2).run(jobs.save_torch_dist, mamba, tmp_path / "saved")
+    world(2).run(megatron_jobs.save_torch_dist, mamba, tmp_path / "saved")
     with pytest.raises(AssertionError, match=r"save='.*saved': exists; legal: a path that does not"):
-        world(2).run(jobs.save_torch_dist, mamba, tmp_path / "saved")
+        world(2).run(megatron_jobs.save_torch_dist, mamba, tmp_path / "saved")
     with pytest.raises(AssertionError, match=r"load='.*saved': is of another model"):
-        world(2).run(jobs.logits_from_torch_dist, falcon, tmp_path / "saved", [1])
+        world(2).run(megatron_jobs.logits_from_torch_dist, falcon, tmp_path / "saved", [1])
     with pytest.raises(AssertionError, match="is not a torch_dist checkpoint"):
-        world(2).run(jobs.logits_from_torch_dist, falcon, tmp_path / "nothing", [1])
+        world(2).run(megatron_jobs.logits_from_torch_dist, falcon, tmp_path / "nothing", [1])
 
 
 @TP
@@ -37,22 +37,22 @@ def test_static_engine(world, tiny, tp):
     model = tiny("falcon_mamba")
     prompts = [list(range(1, 8)), list(range(3, 15)), [5, 9]]
     expected = [model.greedy(prompt, 10) for prompt in prompts]
-    for answers in world(tp).run(jobs.static_greedy, model.path, prompts, 10):
+    for answers in world(tp).run(megatron_jobs.static_greedy, model.path, prompts, 10):
         assert answers == expected
 
 
 @pytest.mark.parametrize("name", ["mamba", "falcon_mamba"])
 def test_specs_build_and_train_alike_at_every_tp(world, name):
     """Initial values do not depend on the number of ranks, so neither do the losses."""
-    [reference] = world(1).run(jobs.train_from_spec, name, 12)
+    [reference] = world(1).run(megatron_jobs.train_from_spec, name, 12)
     assert reference[-1] < 0.7 * reference[0]
     for tp in (2, 4):
-        for losses in world(tp).run(jobs.train_from_spec, name, 12):
+        for losses in world(tp).run(megatron_jobs.train_from_spec, name, 12):
             np.testing.assert_allclose(losses, reference, rtol=2e-3)
 
 
 def test_a_log_d_and_ssm_state_stay_float32(world, tiny):
-    [found] = world(1).run(jobs.dtypes_in_bfloat16, tiny("mamba").path)
+    [found] = world(1).run(megatron_jobs.dtypes_in_bfloat16, tiny("mamba").path)
     kept = {name for name, dtype in found.items() if dtype == "torch.float32"}
     assert {name.rsplit(".", 1)[-1] for name in kept} == {"A_log", "D", "ssm"}
     assert set(found.values()) == {"torch.float32", "torch.bfloat16"}
@@ -60,10 +60,10 @@ def test_a_log_d_and_ssm_state_stay_float32(world, tiny):
 
 def test_the_phantom_attention_takes_next_to_nothing(world, tiny):
     """Two values a token of max_sequence_length for each slot and one more; slots are as many as asked for."""
-    [found] = world(1).run(jobs.cache_bytes, tiny("mamba").path, max_requests=6, max_sequence_length=1024)
+    [found] = world(1).run(megatron_jobs.cache_bytes, tiny("mamba").path, max_requests=6, max_sequence_length=1024)
     assert found["slots"] == 6
     assert found["phantom"] == (6 + 1) * 1024 * 2 * 4
     assert found["states"] == 6 * 3 * 88 * (4 + 5) * 4
-    for rank in world(4).run(jobs.cache_bytes, tiny("mamba").path, max_requests=6, max_sequence_length=1024):
+    for rank in world(4).run(megatron_jobs.cache_bytes, tiny("mamba").path, max_requests=6, max_sequence_length=1024):
         assert rank["slots"] == 8  # Megatron wants a multiple of the TP size
         assert rank["states"] == 8 * 3 * 88 // 4 * (4 + 5) * 4

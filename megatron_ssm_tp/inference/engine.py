@@ -74,6 +74,10 @@ class DynamicEngine:
         """Restart the sampling generator; the same on every rank."""
         self.controller.sampling_rng.manual_seed(seed)
 
+    def close(self) -> None:
+        """Let go of the loop; the engine cannot run any more."""
+        self._loop.close()
+
     def run(
         self, requests: Sequence[Request], around_step: Callable[[], AbstractContextManager] = nullcontext
     ) -> Iterator[Progress]:

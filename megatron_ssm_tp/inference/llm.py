@@ -197,6 +197,8 @@ class LLM:
         if self._watch:
             self._watch.close()
         self._watch, self._step = None, nullcontext
+        if self.engine:
+            self.engine.close()
         self.engine = None
 
     def __enter__(self) -> "LLM":
