@@ -97,12 +97,12 @@ def selective_scan(
     return y.to(x.dtype), state
 
 
-def _unpack(tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+def unpack(tokens: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Packed [T, ...] -> dense [s, longest, ...]; what lies beyond a sequence's end is some other token."""
     return tokens[index.clamp(max=len(tokens) - 1)]
 
 
-def _dense_index(cu_seqlens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def dense_index(cu_seqlens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Positions [s, longest] of each sequence's tokens, which of them are its own (bool), and lengths [s]."""
     starts = cu_seqlens[:-1].long()
     lengths = cu_seqlens[1:].long() - starts
@@ -119,8 +119,8 @@ def causal_conv1d_varlen(
     cu_seqlens: torch.Tensor,
 ) -> torch.Tensor:
     """`causal_conv1d` over packed sequences x [T, D], from and into states [slots, D, K]; returns y [T, D]."""
-    index, own, lengths = _dense_index(cu_seqlens)
-    y, final = causal_conv1d(_unpack(x, index), weight, bias, states[slots], lengths)
+    index, own, lengths = dense_index(cu_seqlens)
+    y, final = causal_conv1d(unpack(x, index), weight, bias, states[slots], lengths)
     states[slots] = final.to(states.dtype)
     return y[own]
 
@@ -139,8 +139,8 @@ def selective_scan_varlen(
     cu_seqlens: torch.Tensor,
 ) -> torch.Tensor:
     """`selective_scan` over packed sequences [T, ...], from and into states [slots, D, N]; returns y [T, D]."""
-    index, own, lengths = _dense_index(cu_seqlens)
-    x, dt, B, C, z = (_unpack(tokens, index) for tokens in (x, dt, B, C, z))
+    index, own, lengths = dense_index(cu_seqlens)
+    x, dt, B, C, z = (unpack(tokens, index) for tokens in (x, dt, B, C, z))
     y, final = selective_scan(x, dt, A, B, C, D, z, dt_bias, states[slots], lengths)
     states[slots] = final.to(states.dtype)
     return y[own]
