@@ -22,6 +22,37 @@ class Mamba1Config:
 
 
 @dataclass(frozen=True)
+class GatedNormConfig:
+    """The RMS norm between scan and out_proj: over d_inner / groups channels, after the gate or before it."""
+
+    eps: float
+    groups: int = 1
+    before_gate: bool = False
+
+
+@dataclass(frozen=True)
+class Mamba2Config:
+    """Dimensions of one Mamba-2 mixer (paper: Dao & Gu 2024; HF: Mamba2Mixer). d_inner = n_heads x head_dim.
+
+    `norm` None: the output is gated and not normalized. `dt_limit` clamps dt after its softplus.
+    """
+
+    n_heads: int
+    head_dim: int
+    n_groups: int
+    d_state: int
+    d_conv: int
+    norm: GatedNormConfig | None
+    proj_bias: bool = False
+    conv_bias: bool = True
+    dt_limit: tuple[float, float] = (0.0, float("inf"))
+
+    @property
+    def d_inner(self) -> int:
+        return self.n_heads * self.head_dim
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A whole language model, whatever file it came from.
 
@@ -37,6 +68,6 @@ class ModelConfig:
     tied_embeddings: bool
     residual_in_fp32: bool
     dtype: str
-    mixer: Mamba1Config
+    mixer: Mamba1Config | Mamba2Config
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None

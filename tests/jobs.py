@@ -215,3 +215,35 @@ def streamed(path: Path, prompt: str, params: dict) -> tuple[str, str]:
     """What a stream shows piece by piece, and the final text."""
     pieces = list(llm(path).stream([prompt], SamplingParams(**params)))
     return "".join(piece.text for piece in pieces), pieces[-1].output.text
+
+
+def gated_norm_error(groups: int, before_gate: bool, magnitude: float, exact: bool) -> float:
+    """Largest difference, relative to the largest value, between norm, gate and product over ranks and written out."""
+    from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
+    from torch.nn.functional import silu
+
+    from megatron_ssm_tp.config import GatedNormConfig
+    from megatron_ssm_tp.layers.gated_norm import GatedRMSNorm, NormCase, normed_row_parallel
+
+    group, d, h, g = groups_tp(), 32, 6, torch.Generator().manual_seed(3)
+    y, z = torch.randn(5, 2, d, generator=g) * magnitude, torch.randn(5, 2, d, generator=g)
+    w, weight = torch.rand(d, generator=g) + 0.5, torch.randn(h, d, generator=g)
+    own = slice(group.rank() * d // group.size(), (group.rank() + 1) * d // group.size())
+    norm = GatedRMSNorm(GatedNormConfig(1e-5, groups, before_gate), d, group, torch.float32, torch.device("cpu"), exact)
+    norm.weight.data = w[own]
+    with torch.no_grad():
+        if norm.case is NormCase.DEFERRED:
+            found = normed_row_parallel(norm, y[..., own], z[..., own], weight[:, own], False)
+        else:
+            found = reduce_from_tensor_model_parallel_region(
+                norm(y[..., own], z[..., own]) @ weight[:, own].T, group=group
+            )
+    y, z = y.double(), z.double()
+    value = (y if before_gate else y * silu(z)).unflatten(-1, (groups, -1))
+    normed = (value / (value.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()).flatten(-2) * w.double()
+    expected = (normed * silu(z) if before_gate else normed) @ weight.double().T
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def groups_tp() -> torch.distributed.ProcessGroup:
+    return groups().tp

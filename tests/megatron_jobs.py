@@ -66,7 +66,7 @@ class NumberTokenizer:
         return [len(self.detokenize(ids[:i])) + (i > 0) for i in range(len(ids))]
 
 
-def train_from_spec(name: str, steps: int) -> list[float]:
+def train_from_spec(name: str, steps: int, mamba_groups: int = 1) -> list[float]:
     """Losses of a model built as Megatron's launch scripts build it: `--spec megatron_ssm_tp.layers.specs NAME`."""
     from megatron.core.models.hybrid.hybrid_model import HybridModel
     from megatron.core.transformer import TransformerConfig
@@ -80,6 +80,8 @@ def train_from_spec(name: str, steps: int) -> list[float]:
             hidden_size=40,
             num_attention_heads=4,
             mamba_state_dim=8,
+            mamba_head_dim=10,
+            mamba_num_groups=mamba_groups,
             normalization="RMSNorm",
             add_bias_linear=False,
             hidden_dropout=0.0,

@@ -4,7 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import FalconMambaConfig, FalconMambaForCausalLM, MambaConfig, MambaForCausalLM
+from transformers import (
+    FalconMambaConfig,
+    FalconMambaForCausalLM,
+    Mamba2Config,
+    Mamba2ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+)
 
 # No power of two, a prime vocabulary, and d_inner = 88 that 1, 2 and 4 ranks can share.
 SIZES = {
@@ -17,7 +24,13 @@ SIZES = {
     "eos_token_id": None,
     "pad_token_id": None,
 }
-CLASSES = {"mamba": (MambaConfig, MambaForCausalLM), "falcon_mamba": (FalconMambaConfig, FalconMambaForCausalLM)}
+# 8 heads of 9 channels for up to 8 ranks; d_inner = 72 = 2 x 36
+MAMBA2_SIZES = {"hidden_size": 36, "num_heads": 8, "head_dim": 9, "state_size": 5, "n_groups": 1, "chunk_size": 16}
+CLASSES = {
+    "mamba": (MambaConfig, MambaForCausalLM),
+    "falcon_mamba": (FalconMambaConfig, FalconMambaForCausalLM),
+    "mamba2": (Mamba2Config, Mamba2ForCausalLM),
+}
 
 
 @dataclass(frozen=True)
@@ -43,7 +56,7 @@ def _spread_values(model: torch.nn.Module) -> None:
             noise = torch.randn_like(parameter)
             if "norm" in name or name.endswith("mixer.D"):
                 parameter.copy_(1 + 0.1 * noise)
-            elif name.endswith(("A_log", "dt_proj.bias")):
+            elif name.endswith(("A_log", "dt_proj.bias", "dt_bias")):
                 parameter.add_(0.3 * noise)
             else:
                 parameter.copy_(noise * (0.5 if "embed" in name else 0.2))
@@ -56,6 +69,8 @@ def make_tiny(folder: Path, family: str, *, tied: bool = True, seed: int = 0, **
     sizes = dict(SIZES)
     if family == "falcon_mamba":
         sizes |= {"expand": 16, "intermediate_size": 88}  # as falcon-mamba-7b: expand is not to be trusted
+    if family == "mamba2":
+        sizes |= MAMBA2_SIZES
     model = model_class(config_class(**(sizes | {"tie_word_embeddings": tied} | overrides))).eval()
     _spread_values(model)
     model.tie_weights()

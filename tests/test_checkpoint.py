@@ -169,8 +169,8 @@ def test_several_end_of_text_ids():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "llama"}, "model_type='llama': is not a supported family; legal: mamba, falcon_mamba"),
-        ({"model_type": ...}, "model_type=None: is not a supported family; legal: mamba, falcon_mamba"),
+        ({"model_type": "llama"}, "model_type='llama': is not a supported family; legal: mamba, falcon_mamba, mamba2"),
+        ({"model_type": ...}, "model_type=None: is not a supported family; legal: mamba, falcon_mamba, mamba2"),
         ({"hidden_size": ...}, "hidden_size=None: is missing; legal: a positive integer"),
         ({"hidden_size": "44"}, "hidden_size='44': is not a positive integer; legal: a positive integer"),
         ({"vocab_size": -3}, "vocab_size=-3: is not a positive integer"),
@@ -197,7 +197,8 @@ def test_bad_config(tiny, tmp_path, changes, message):
     [
         ({"d_state": "x"}, "d_state='x': is not a positive integer"),
         ({"expand": "2"}, "expand='2': is not a positive number"),
-        ({"layer": "Mamba2"}, "ssm_cfg.layer='Mamba2': is not implemented; legal: Mamba1"),
+        ({"layer": "Mamba3"}, "ssm_cfg.layer='Mamba3': is not implemented; legal: Mamba1, Mamba2"),
+        ({"layer": "Mamba2", "dt_limit": [1]}, "dt_limit=[1]: is not a range; legal: two numbers"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -134,7 +134,7 @@ def crowded(path: Path) -> Path:
     ("damage", "options", "message"),
     [
         (None, ["--tensor-model-parallel-size", 4], "--tensor-model-parallel-size=4: is not the world size; legal: 2"),
-        (of_another_type, [], "model_type='jamba': is not a supported family; legal: mamba, falcon_mamba"),
+        (of_another_type, [], "model_type='jamba': is not a supported family; legal: mamba, falcon_mamba, mamba2"),
         (truncated, [], "model.safetensors': cannot be read"),
         (misshapen, [], "has shape [47, 480]; legal: [31, 480], from config.json"),
         (without_tokenizer, [], "has no tokenizer.json, so text cannot be read"),

@@ -41,7 +41,7 @@ def test_static_engine(world, tiny, tp):
         assert answers == expected
 
 
-@pytest.mark.parametrize("name", ["mamba", "falcon_mamba"])
+@pytest.mark.parametrize("name", ["mamba", "falcon_mamba", "mamba2"])
 def test_specs_build_and_train_alike_at_every_tp(world, name):
     """Initial values do not depend on the number of ranks, so neither do the losses."""
     [reference] = world(1).run(megatron_jobs.train_from_spec, name, 12)

@@ -4,22 +4,22 @@ Adding a family that an existing mixer can run is adding a row. Traps of real ch
 test in tests/test_checkpoint.py.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..config import DTYPES, Mamba1Config, ModelConfig
+from ..config import GatedNormConfig, Mamba1Config, Mamba2Config, ModelConfig
 from ..errors import UserError
 from ..partition.layout import Parameter, model_parameters
+from .fields import check_activation, dt_limit, dt_rank, expanded, get, read_dtype, read_token_ids
 
-# ours -> theirs, less the prefixes; the same for both Mamba-1 families and for the state-spaces originals
-_MAMBA1_MODEL_NAMES = {
+# ours -> theirs, less the prefixes; the same for all families whose code goes back to state-spaces'
+_MODEL_NAMES = {
     "embedding.word_embeddings.weight": "backbone.embeddings.weight",
     "decoder.final_norm.weight": "backbone.norm_f.weight",
     "output_layer.weight": "lm_head.weight",
 }
-_MAMBA1_LAYER_NAMES = {
+_LAYER_NAMES = {
     "norm.weight": "norm.weight",
     "mixer.conv1d_weight": "mixer.conv1d.weight",
     "mixer.conv1d_bias": "mixer.conv1d.bias",
@@ -61,139 +61,147 @@ class Family:
         return {self.model_names["output_layer.weight"]} if config.tied_embeddings else set()
 
 
-_REQUIRED = object()
-
-
-_KINDS = {
-    int: "a positive integer",
-    float: "a positive number",
-    bool: "true or false",
-    str: "a text",
-    dict: "an object",
-}
-
-
-def _get(raw: Mapping[str, Any], field: str, kind: type, default: Any = _REQUIRED) -> Any:
-    """raw[field], checked: numbers must be positive, and a float may be written as an integer. A null is absent."""
-    value, name, expected = raw.get(field), f"config.json {field}", _KINDS[kind]
-    if value is None:
-        if default is _REQUIRED:
-            raise UserError(name, value, "is missing", expected)
-        return default
-    accepted = (int, float) if kind is float else kind
-    right = isinstance(value, accepted) and (kind is bool or not isinstance(value, bool))
-    if not right or (kind in (int, float) and not 0 < value < float("inf")):
-        raise UserError(name, value, f"is not {expected}", expected)
-    return value
-
-
-def _expanded(raw: Mapping[str, Any], hidden: int) -> int:
-    """d_inner by the expansion factor, which may be a fraction."""
-    return int(_get(raw, "expand", float, 2) * hidden)
-
-
-def _dt_rank(raw: Mapping[str, Any], field: str, hidden: int) -> int:
-    if raw.get(field) in ("auto", None):
-        return math.ceil(hidden / 16)
-    return _get(raw, field, int)
-
-
-def _read_dtype(raw: Mapping[str, Any]) -> str:
-    name = _get(raw, "dtype", str, None) or _get(raw, "torch_dtype", str, "float32")
-    if name not in DTYPES:
-        raise UserError("config.json dtype", name, "cannot be run", ", ".join(DTYPES))
-    return name
-
-
-def _read_token_ids(raw: Mapping[str, Any], field: str) -> tuple[int, ...]:
-    """One id, several, or none: all three are found in the field."""
-    value = raw.get(field)
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(token, int) for token in ids):
-        raise UserError(f"config.json {field}", value, "is not a token id", "an integer, a list of integers, or null")
-    return tuple(ids)
-
-
-def _check_activation(raw: Mapping[str, Any]) -> None:
-    activation = _get(raw, "hidden_act", str, "silu")
-    if activation not in ("silu", "swish"):
-        raise UserError("config.json hidden_act", activation, "is not implemented", "silu")
-
-
 def _read_hf_mamba1(family: Family, raw: Mapping[str, Any]) -> ModelConfig:
     """HF MambaConfig and FalconMambaConfig. Defaults are those of the HF classes."""
-    _check_activation(raw)
-    hidden = _get(raw, "hidden_size", int)
+    check_activation(raw)
+    hidden = get(raw, "hidden_size", int)
     # falcon-mamba-7b says expand 16 beside intermediate_size 8192 = 2 x hidden: the latter is what the tensors have.
-    d_inner = _get(raw, "intermediate_size", int, None) or _expanded(raw, hidden)
+    d_inner = get(raw, "intermediate_size", int, None) or expanded(raw, hidden)
     return ModelConfig(
         family=family.name,
-        vocab_size=_get(raw, "vocab_size", int),
+        vocab_size=get(raw, "vocab_size", int),
         hidden_size=hidden,
-        num_layers=_get(raw, "num_hidden_layers", int, None) or _get(raw, "n_layer", int),
-        norm_eps=_get(raw, "layer_norm_epsilon", float, 1e-5),
-        tied_embeddings=_get(raw, "tie_word_embeddings", bool, True),
-        residual_in_fp32=_get(raw, "residual_in_fp32", bool, True),
-        dtype=_read_dtype(raw),
+        num_layers=get(raw, "num_hidden_layers", int, None) or get(raw, "n_layer", int),
+        norm_eps=get(raw, "layer_norm_epsilon", float, 1e-5),
+        tied_embeddings=get(raw, "tie_word_embeddings", bool, True),
+        residual_in_fp32=get(raw, "residual_in_fp32", bool, True),
+        dtype=read_dtype(raw),
         mixer=Mamba1Config(
             d_inner=d_inner,
-            d_state=_get(raw, "state_size", int, 16),
-            d_conv=_get(raw, "conv_kernel", int, 4),
-            dt_rank=_dt_rank(raw, "time_step_rank", hidden),
-            proj_bias=_get(raw, "use_bias", bool, False),
-            conv_bias=_get(raw, "use_conv_bias", bool, True),
-            bcdt_norm_eps=_get(raw, "mixer_rms_eps", float, 1e-6) if family.bcdt_norms else None,
+            d_state=get(raw, "state_size", int, 16),
+            d_conv=get(raw, "conv_kernel", int, 4),
+            dt_rank=dt_rank(raw, "time_step_rank", hidden),
+            proj_bias=get(raw, "use_bias", bool, False),
+            conv_bias=get(raw, "use_conv_bias", bool, True),
+            bcdt_norm_eps=get(raw, "mixer_rms_eps", float, 1e-6) if family.bcdt_norms else None,
         ),
-        eos_token_ids=_read_token_ids(raw, "eos_token_id"),
-        bos_token_id=next(iter(_read_token_ids(raw, "bos_token_id")), None),
+        eos_token_ids=read_token_ids(raw, "eos_token_id"),
+        bos_token_id=next(iter(read_token_ids(raw, "bos_token_id")), None),
     )
 
 
+def _state_spaces_mamba1(ssm: Mapping[str, Any], hidden: int) -> Mamba1Config:
+    """ssm_cfg of mamba_ssm's Mamba; defaults are its."""
+    return Mamba1Config(
+        d_inner=expanded(ssm, hidden),
+        d_state=get(ssm, "d_state", int, 16),
+        d_conv=get(ssm, "d_conv", int, 4),
+        dt_rank=dt_rank(ssm, "dt_rank", hidden),
+        proj_bias=get(ssm, "bias", bool, False),
+        conv_bias=get(ssm, "conv_bias", bool, True),
+    )
+
+
+def _state_spaces_mamba2(ssm: Mapping[str, Any], hidden: int) -> Mamba2Config:
+    """ssm_cfg of mamba_ssm's Mamba2; defaults are its. It norms by group, where HF norms over the full width."""
+    for field in ("d_ssm", "D_has_hdim"):
+        if ssm.get(field):
+            raise UserError(f"config.json ssm_cfg.{field}", ssm[field], "is not implemented", "null or false")
+    head_dim, groups = get(ssm, "headdim", int, 64), get(ssm, "ngroups", int, 1)
+    norm = GatedNormConfig(1e-5, groups, before_gate=get(ssm, "norm_before_gate", bool, False))
+    return Mamba2Config(
+        n_heads=expanded(ssm, hidden) // head_dim,
+        head_dim=head_dim,
+        n_groups=groups,
+        d_state=get(ssm, "d_state", int, 128),
+        d_conv=get(ssm, "d_conv", int, 4),
+        norm=norm if get(ssm, "rmsnorm", bool, True) else None,
+        proj_bias=get(ssm, "bias", bool, False),
+        conv_bias=get(ssm, "conv_bias", bool, True),
+        dt_limit=dt_limit(ssm, "dt_limit"),
+    )
+
+
+_STATE_SPACES_MIXERS = {"Mamba1": _state_spaces_mamba1, "Mamba2": _state_spaces_mamba2}
+
+
 def _read_state_spaces(family: Family, raw: Mapping[str, Any]) -> ModelConfig:
-    """The original mamba-ssm MambaConfig: no model_type, weights in pytorch_model.bin.
+    """The original mamba-ssm MambaConfig, of Mamba or Mamba2 layers: no model_type, weights in pytorch_model.bin.
 
     Embedding rows are padded to a multiple. HF's conversion of the same files calls the padded number the vocabulary,
     and so does this: 50277 to 50279 are no tokens of GPT-NeoX's, but may be sampled in either.
     """
-    ssm = _get(raw, "ssm_cfg", dict, {})
+    ssm = get(raw, "ssm_cfg", dict, {})
     layer = ssm.get("layer", "Mamba1")
-    if layer != "Mamba1":
-        raise UserError("config.json ssm_cfg.layer", layer, "is not implemented", "Mamba1")
+    if layer not in _STATE_SPACES_MIXERS:
+        raise UserError("config.json ssm_cfg.layer", layer, "is not implemented", ", ".join(_STATE_SPACES_MIXERS))
     for field in ("attn_layer_idx", "attn_cfg"):
         if raw.get(field):
             raise UserError(f"config.json {field}", raw[field], "is not implemented", "empty")
-    if not _get(raw, "rms_norm", bool, True):
+    if not get(raw, "rms_norm", bool, True):
         raise UserError("config.json rms_norm", False, "is not implemented", "true")
-    hidden = _get(raw, "d_model", int)
-    multiple = _get(raw, "pad_vocab_size_multiple", int, 8)
+    hidden = get(raw, "d_model", int)
+    multiple = get(raw, "pad_vocab_size_multiple", int, 8)
     return ModelConfig(
         family=family.name,
-        vocab_size=-(-_get(raw, "vocab_size", int) // multiple) * multiple,
+        vocab_size=-(-get(raw, "vocab_size", int) // multiple) * multiple,
         hidden_size=hidden,
-        num_layers=_get(raw, "n_layer", int),
+        num_layers=get(raw, "n_layer", int),
         norm_eps=1e-5,
-        tied_embeddings=_get(raw, "tie_embeddings", bool, True),
-        residual_in_fp32=_get(raw, "residual_in_fp32", bool, True),
-        dtype=_read_dtype(raw),
-        mixer=Mamba1Config(
-            d_inner=_expanded(ssm, hidden),
-            d_state=_get(ssm, "d_state", int, 16),
-            d_conv=_get(ssm, "d_conv", int, 4),
-            dt_rank=_dt_rank(ssm, "dt_rank", hidden),
-            proj_bias=_get(ssm, "bias", bool, False),
-            conv_bias=_get(ssm, "conv_bias", bool, True),
-        ),
+        tied_embeddings=get(raw, "tie_embeddings", bool, True),
+        residual_in_fp32=get(raw, "residual_in_fp32", bool, True),
+        dtype=read_dtype(raw),
+        mixer=_STATE_SPACES_MIXERS[layer](ssm, hidden),
         eos_token_ids=(0,),  # GPT-NeoX's <|endoftext|>, the tokenizer all of them were trained with
     )
 
 
-def _mamba1_row(name: str, model_types: tuple[str, ...], read_config: Callable, bcdt_norms: bool = False) -> Family:
+def _read_hf_mamba2(family: Family, raw: Mapping[str, Any]) -> ModelConfig:
+    """HF Mamba2Config. Defaults are those of the HF class.
+
+    HF norms over the full width after the gate, whatever n_groups and norm_before_gate say (mamba-ssm would norm by
+    group): Mamba-Codestral's config says norm_before_gate true and HF does not read it. HF is followed.
+    """
+    check_activation(raw)
+    heads, head_dim = get(raw, "num_heads", int, 128), get(raw, "head_dim", int, 64)
+    hidden, eps = get(raw, "hidden_size", int), get(raw, "layer_norm_epsilon", float, 1e-5)
+    if expanded(raw, hidden) != heads * head_dim:
+        legal = f"expand x hidden_size = {expanded(raw, hidden)}"
+        raise UserError("config.json num_heads x head_dim", heads * head_dim, "is not d_inner", legal)
+    return ModelConfig(
+        family=family.name,
+        vocab_size=get(raw, "vocab_size", int),
+        hidden_size=hidden,
+        num_layers=get(raw, "num_hidden_layers", int),
+        norm_eps=eps,
+        tied_embeddings=get(raw, "tie_word_embeddings", bool, False),
+        residual_in_fp32=get(raw, "residual_in_fp32", bool, True),
+        dtype=read_dtype(raw),
+        mixer=Mamba2Config(
+            n_heads=heads,
+            head_dim=head_dim,
+            n_groups=get(raw, "n_groups", int, 8),
+            d_state=get(raw, "state_size", int, 128),
+            d_conv=get(raw, "conv_kernel", int, 4),
+            norm=GatedNormConfig(eps),
+            proj_bias=get(raw, "use_bias", bool, False),
+            conv_bias=get(raw, "use_conv_bias", bool, True),
+            dt_limit=dt_limit(raw, "time_step_limit"),
+        ),
+        eos_token_ids=read_token_ids(raw, "eos_token_id"),
+        bos_token_id=next(iter(read_token_ids(raw, "bos_token_id")), None),
+    )
+
+
+def _state_spaces_row(
+    name: str, model_types: tuple[str, ...], read_config: Callable, bcdt_norms: bool = False
+) -> Family:
     return Family(
         name=name,
         model_types=model_types,
         read_config=read_config,
-        model_names=_MAMBA1_MODEL_NAMES,
-        layer_names=_MAMBA1_LAYER_NAMES,
+        model_names=_MODEL_NAMES,
+        layer_names=_LAYER_NAMES,
         layer_prefix="backbone.layers.{layer}.",
         # the originals and HF's first uploads say "embedding"
         aliases={"backbone.embeddings.weight": "backbone.embedding.weight"},
@@ -202,9 +210,10 @@ def _mamba1_row(name: str, model_types: tuple[str, ...], read_config: Callable, 
 
 
 FAMILIES: tuple[Family, ...] = (
-    _mamba1_row("mamba", ("mamba",), _read_hf_mamba1),
-    _mamba1_row("falcon_mamba", ("falcon_mamba",), _read_hf_mamba1, bcdt_norms=True),
-    _mamba1_row("state_spaces_mamba", (), _read_state_spaces),
+    _state_spaces_row("mamba", ("mamba",), _read_hf_mamba1),
+    _state_spaces_row("falcon_mamba", ("falcon_mamba",), _read_hf_mamba1, bcdt_norms=True),
+    _state_spaces_row("state_spaces_mamba", (), _read_state_spaces),
+    _state_spaces_row("mamba2", ("mamba2",), _read_hf_mamba2),
 )
 
 

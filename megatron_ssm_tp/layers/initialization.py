@@ -1,4 +1,4 @@
-"""Initial values of a Mamba-1 mixer for training from scratch (mamba_ssm Mamba.__init__; HF init_mamba_weights)."""
+"""Initial values of mixers for training from scratch (mamba_ssm Mamba and Mamba2; HF init_mamba_weights)."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -8,11 +8,20 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from ..config import Mamba1Config
+from ..config import Mamba1Config, Mamba2Config
 from ..partition.apply import cut
 from ..partition.layout import Parameter
 
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 0.1, 1e-4
+
+
+def filled_later(tensor: torch.Tensor) -> torch.Tensor:
+    """An init_method that draws nothing, for weights that the functions below fill.
+
+    in_proj's class would cut its initial values contiguously, not by band, and draw more of them where groups are
+    shared: each number of ranks would have another model.
+    """
+    return tensor
 
 
 def _conv_uniform(tensor: torch.Tensor, width: int) -> None:
@@ -35,10 +44,7 @@ def initialize_mamba1(
     config: TransformerConfig,
     tp_group: dist.ProcessGroup,
 ) -> None:
-    """Fill one rank's conv1d, dt_proj, A_log, D and in_proj; x_proj and out_proj were filled by their own classes.
-
-    in_proj's class cut its initial values contiguously, not by band: each rank count had another model.
-    """
+    """Fill one rank's conv1d, dt_proj, A_log, D and in_proj; x_proj and out_proj were filled by their own classes."""
     dt_bound = dims.dt_rank**-0.5
     random: dict[str, Callable[[torch.Tensor], object]] = {
         "in_proj.weight": config.init_method,
@@ -54,6 +60,28 @@ def initialize_mamba1(
     states = torch.arange(1, dims.d_state + 1, dtype=torch.float32, device=A_log.device)
     A_log.copy_(torch.log(states).expand_as(A_log))
     D.fill_(1.0)
+
+
+@torch.no_grad()
+def initialize_mamba2(
+    parameters: Mapping[str, torch.Tensor],
+    table: Mapping[str, Parameter],
+    dims: Mamba2Config,
+    config: TransformerConfig,
+    tp_group: dist.ProcessGroup,
+) -> None:
+    """Fill one rank's conv1d, dt_bias, A_log, D and in_proj; out_proj and the norm were filled by their own classes."""
+    random: dict[str, Callable[[torch.Tensor], object]] = {
+        "in_proj.weight": config.init_method,
+        "conv1d_weight": lambda t: _conv_uniform(t, dims.d_conv),
+        "conv1d_bias": lambda t: _conv_uniform(t, dims.d_conv),
+        "dt_bias": _inverse_softplus_of_dt,
+        "A_log": lambda t: t.uniform_(1, 16).log_(),
+    }
+    for name, fill in random.items():
+        if name in table:
+            _draw(parameters[name], fill, table[name], config, tp_group)
+    parameters["D"].fill_(1.0)
 
 
 def _draw(

@@ -7,7 +7,7 @@ from megatron.core.transformer import TransformerConfig
 
 from ..config import ModelConfig
 from ..partition.layout import check_tp_size, padded_vocab_size
-from .specs import mamba1_stack_spec
+from .specs import stack_spec
 
 
 class SSMModel(HybridModel):
@@ -84,7 +84,7 @@ def build_model(
     check_tp_size(model, tp)
     return SSMModel(
         config=transformer_config(model, tp, dtype, device, sampling_seed, **overrides),
-        hybrid_stack_spec=mamba1_stack_spec(model.mixer),
+        hybrid_stack_spec=stack_spec(model.mixer),
         vocab_size=model.vocab_size,
         padded_vocab_size=padded_vocab_size(model, tp),
         max_sequence_length=max_sequence_length,

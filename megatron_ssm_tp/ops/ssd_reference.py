@@ -118,7 +118,7 @@ def ssd_step(
     states: torch.Tensor,
     slots: torch.Tensor,
 ) -> torch.Tensor:
-    """One token for each of s requests: x [s, H, P], dt [s, H], B, C [s, G, N], states in place; returns y [s, H, P]."""
+    """One token for each of s requests: x [s, H, P], dt [s, H], B, C [s, G, N], states in place; y [s, H, P]."""
     x, dt, B, C = (tokens[:, None] for tokens in (x, dt, B, C))
     y, final = ssd(x, dt, A, B, C, D, dt_bias, dt_limit, states[slots])
     states[slots] = final.to(states.dtype)

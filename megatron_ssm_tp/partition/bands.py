@@ -49,6 +49,10 @@ class Band:
             return True
         return self.uneven is Uneven.REPLICATE and tp % self.atoms == 0
 
+    def is_shared(self, tp: int) -> bool:
+        """Whether several of `tp` ranks hold the same elements."""
+        return self.uneven is Uneven.REPLICATE and self.atoms < tp
+
     def local_size(self, tp: int) -> int:
         """Elements each of `tp` ranks holds, zeros for padding included: the same on every rank."""
         atom = self.size // self.atoms
@@ -59,8 +63,7 @@ class Band:
         if not self.allows(tp):
             raise ValueError(f"band {self.name}: {self.atoms} units cannot be shared by {tp} ranks")
         local = self.local_size(tp)
-        shared = self.uneven is Uneven.REPLICATE and self.atoms < tp
-        start = (rank * self.atoms // tp if shared else rank) * local
+        start = (rank * self.atoms // tp if self.is_shared(tp) else rank) * local
         return min(start, self.size), min(start + local, self.size)
 
 

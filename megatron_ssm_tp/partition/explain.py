@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Iterator
 
-from ..config import DTYPES, ModelConfig
-from .layout import Parameter, layer_prefix, legal_tp_sizes, model_parameters, state_bytes
+from ..config import DTYPES, Mamba1Config, Mamba2Config, ModelConfig
+from .layout import Parameter, all_reduces, layer_prefix, legal_tp_sizes, model_parameters, state_bytes
 from .plan import LEGAL_LIMIT
 
 _AXES = ("rows", "columns")
@@ -21,11 +21,11 @@ def explain(config: ModelConfig, tp: int, file_name: Callable[[str], str]) -> It
 
     `file_name` gives the checkpoint's name of one of our parameters.
     """
-    mixer, itemsize = config.mixer, DTYPES[config.dtype]
+    itemsize = DTYPES[config.dtype]
     tied = "tied" if config.tied_embeddings else "untied"
     yield (
-        f"{config.family}: {config.num_layers} layers, hidden {config.hidden_size}, d_inner {mixer.d_inner}, "
-        f"d_state {mixer.d_state}, dt_rank {mixer.dt_rank}, vocabulary {config.vocab_size} {tied}, {config.dtype}"
+        f"{config.family}: {config.num_layers} layers, hidden {config.hidden_size}, {_dimensions(config.mixer)}, "
+        f"vocabulary {config.vocab_size} {tied}, {config.dtype}"
     )
     yield f"legal TP sizes (to {LEGAL_LIMIT}): {', '.join(map(str, legal_tp_sizes(config)))}"
     yield ""
@@ -41,11 +41,19 @@ def explain(config: ModelConfig, tp: int, file_name: Callable[[str], str]) -> It
     weights, state = rank_bytes(config, tp), state_bytes(config, tp, itemsize)
     yield f"a rank of {tp} holds {weights:,} bytes of weights, and {state:,} bytes of state for each running request"
     if tp > 1:
-        bcdt = mixer.dt_rank + 2 * mixer.d_state
+        reductions = all_reduces(config, tp)
+        parts = " and ".join(f"{values} ({name})" for name, values in reductions.items())
+        plural = "s" if len(reductions) > 1 else ""
         yield (
-            f"all-reduces a layer: 2, of {bcdt} (x_proj) and {config.hidden_size} (out_proj) values a token: "
-            f"{(bcdt + config.hidden_size) * itemsize:,} bytes"
+            f"all-reduce{plural} a layer: {len(reductions)}, of {parts} values a token: "
+            f"{sum(reductions.values()) * itemsize:,} bytes"
         )
+
+
+def _dimensions(mixer: Mamba1Config | Mamba2Config) -> str:
+    if isinstance(mixer, Mamba1Config):
+        return f"d_inner {mixer.d_inner}, d_state {mixer.d_state}, dt_rank {mixer.dt_rank}"
+    return f"{mixer.n_heads} heads of {mixer.head_dim}, {mixer.n_groups} groups, d_state {mixer.d_state}"
 
 
 def _explain_parameter(name: str, parameter: Parameter, tp: int) -> Iterator[str]:
@@ -63,7 +71,8 @@ def _explain_parameter(name: str, parameter: Parameter, tp: int) -> Iterator[str
             found = plan.global_slice(piece)
             step = f":{found.step}" if found.step > 1 else ""
             label = f"{bands[piece.band].name} " if len(bands) > 1 else ""
-            parts.append(f"{label}{found.start}:{found.stop}{step}")
+            copies = " (shared)" if bands[piece.band].is_shared(tp) else ""
+            parts.append(f"{label}{found.start}:{found.stop}{step}{copies}")
         held = sum(piece.stop - piece.start for piece in plan.pieces(rank))
         if held < plan.local_size:
             parts.append(f"{plan.local_size - held} of padding")

@@ -7,7 +7,7 @@ distributed checkpoints by it, `plan` prints it, and the tests cut Hugging Face'
 from dataclasses import dataclass
 from math import prod
 
-from ..config import Mamba1Config, ModelConfig
+from ..config import Mamba1Config, Mamba2Config, ModelConfig
 from .bands import Band, Packing, Uneven
 from .plan import LEGAL_LIMIT, Plan, check_tp, legal_tp
 
@@ -63,6 +63,47 @@ def mamba1_parameters(mixer: Mamba1Config, hidden_size: int) -> dict[str, Parame
     return table
 
 
+def mamba2_parameters(mixer: Mamba2Config, hidden_size: int) -> dict[str, Parameter]:
+    """Parameters of one Mamba-2 mixer by their names in `layers.mamba2_mixer.Mamba2Mixer`.
+
+    in_proj is packed z, x, B, C, dt and the convolution x, B, C, each band cut by itself: z, x and dt by heads, B and C
+    by groups. Where the ranks are a multiple of the groups, each keeps the one group that its heads use.
+    """
+    d, h, g = mixer.d_inner, mixer.n_heads, mixer.n_groups
+
+    def by_head(name: str) -> Band:
+        return Band(name, d, units=h, dimension="n_heads")
+
+    def by_group(name: str) -> Band:
+        return Band(name, g * mixer.d_state, units=g, uneven=Uneven.REPLICATE, dimension="n_groups")
+
+    channels, heads = Packing((by_head("d_inner"),)), Packing((Band("n_heads", h),))
+    convolved = Packing((by_head("x"), by_group("B"), by_group("C")))
+    projected = Packing((by_head("z"), *convolved.bands, Band("dt", h, dimension="n_heads")))
+    table = {
+        "in_proj.weight": Parameter((projected.size, hidden_size), 0, projected),
+        "conv1d_weight": Parameter((convolved.size, 1, mixer.d_conv), 0, convolved),
+        "dt_bias": Parameter((h,), 0, heads),
+        "A_log": Parameter((h,), 0, heads, keep_fp32=True),
+        "D": Parameter((h,), 0, heads, keep_fp32=True),
+        "out_proj.weight": Parameter((hidden_size, d), 1, channels),
+    }
+    if mixer.norm:
+        table["norm.weight"] = Parameter((d,), 0, channels)
+    if mixer.conv_bias:
+        table["conv1d_bias"] = Parameter((convolved.size,), 0, convolved)
+    if mixer.proj_bias:
+        table["in_proj.bias"] = Parameter((projected.size,), 0, projected)
+        table["out_proj.bias"] = Parameter((hidden_size,))
+    return table
+
+
+def mixer_parameters(mixer: Mamba1Config | Mamba2Config, hidden_size: int) -> dict[str, Parameter]:
+    if isinstance(mixer, Mamba1Config):
+        return mamba1_parameters(mixer, hidden_size)
+    return mamba2_parameters(mixer, hidden_size)
+
+
 def layer_prefix(layer: int) -> str:
     return f"decoder.layers.{layer}."
 
@@ -72,7 +113,7 @@ def model_parameters(config: ModelConfig) -> dict[str, Parameter]:
     vocabulary = Packing((Band("vocab_size", config.vocab_size, uneven=Uneven.PAD),))
     embedding = Parameter((config.vocab_size, config.hidden_size), 0, vocabulary)
     norm = Parameter((config.hidden_size,))
-    mixer = mamba1_parameters(config.mixer, config.hidden_size)
+    mixer = mixer_parameters(config.mixer, config.hidden_size)
     table = {"embedding.word_embeddings.weight": embedding}
     for layer in range(config.num_layers):
         table[f"{layer_prefix(layer)}norm.weight"] = norm
@@ -103,10 +144,38 @@ def padded_vocab_size(config: ModelConfig, tp: int) -> int:
     return tp * model_parameters(config)["embedding.word_embeddings.weight"].local_shape(tp)[0]
 
 
-def state_shapes(mixer: Mamba1Config, tp: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """A request's state in one layer on one rank: conv [D/p, d_conv] and ssm [D/p, N]."""
-    local = mixer.d_inner // tp
-    return (local, mixer.d_conv), (local, mixer.d_state)
+def state_shapes(mixer: Mamba1Config | Mamba2Config, tp: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """A request's state in one layer on one rank.
+
+    Mamba-1: conv [D/p, d_conv] and ssm [D/p, N]. Mamba-2: conv [channels of x, B, C here, d_conv] and ssm [H/p, P, N].
+    """
+    table = mixer_parameters(mixer, 1)
+    conv = (table["conv1d_weight"].local_shape(tp)[0], mixer.d_conv)
+    if isinstance(mixer, Mamba1Config):
+        return conv, table["A_log"].local_shape(tp)
+    return conv, (*table["A_log"].local_shape(tp), mixer.head_dim, mixer.d_state)
+
+
+def all_reduces(config: ModelConfig, tp: int) -> dict[str, int]:
+    """What a layer's mixer reduces over `tp` ranks: name -> values a token (float32 ones count as they are)."""
+    mixer = config.mixer
+    if isinstance(mixer, Mamba1Config):
+        return {"x_proj": mixer.dt_rank + 2 * mixer.d_state, "out_proj": config.hidden_size}
+    norm = mixer.norm
+    if norm is None or norm.groups % tp == 0:
+        return {"out_proj": config.hidden_size}
+    if norm.groups == 1:
+        return {"out_proj with the norm's sums": config.hidden_size + sum_columns(config.dtype, tp)}
+    return {"norm": norm.groups, "out_proj": config.hidden_size}
+
+
+def sum_columns(dtype: str, tp: int) -> int:
+    """Columns that carry a float32 sum of squares a token and rank beside a product of `dtype` through one reduction.
+
+    A float32 product has room for one, in which the ranks' parts are summed like the rest. Half precision has not:
+    there each rank has columns of its own, where nothing is added to its number, and three pieces of 8 bits make one.
+    """
+    return 1 if dtype == "float32" else 3 * tp
 
 
 def state_bytes(config: ModelConfig, tp: int, conv_itemsize: int, ssm_itemsize: int = 4) -> int:

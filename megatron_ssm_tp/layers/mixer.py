@@ -1,0 +1,211 @@
+"""What every SSM mixer has in common: how it meets training, Megatron's static context and its dynamic context.
+
+A mixer is a projection in, a causal convolution, a scan with a state, and a projection out. A subclass says what these
+are; this class says which tokens go through them, with which states:
+
+    training, evaluation   [l, b, ..]   every row from an empty state
+    static context         [l, b, ..]   all rows at one offset, states in the context's dictionary
+    dynamic context        [T, ..]      one token of each decoding request, then prompts end to end, states by slot
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from megatron.core.inference.contexts import BaseInferenceContext
+from megatron.core.inference.utils import InferenceMode
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import deprecate_inference_params
+from torch import nn
+
+from ..errors import UserError
+from ..ops import reference as ops
+from ..partition.layout import Parameter
+from ..partition.plan import check_tp
+from .sharding import sharded_by_band
+
+States = tuple[torch.Tensor, torch.Tensor]
+Tensors = tuple[torch.Tensor, ...]
+
+
+class SSMMixer(MegatronModule):
+    """Base of the mixers.
+
+    Subclasses set `conv1d_weight` and `conv1d_bias` through the table of parameters, and define `project`, `inputs`,
+    `scan`, `ssm_prefill`, `ssm_decode`, `finish` and `mamba_state_shapes_per_request`.
+
+    Args:
+        config: Megatron's config; params_dtype is the dtype of all parameters but those the table keeps in float32.
+        table: parameters by their names in the module.
+        pg_collection: its `tp` group is the one the mixer is cut over.
+
+    Raises:
+        UserError: the table cannot be shared by the group's ranks.
+    """
+
+    chunk_size = 128  # read by MambaInferenceStateConfig.from_model; only prefix caching, which is refused, acts on it
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        table: Mapping[str, Parameter],
+        layer_number: int,
+        pg_collection: ProcessGroupCollection,
+        pp_layer_offset: int,
+    ) -> None:
+        super().__init__(config)
+        self.layer_number, self.pp_layer_offset = layer_number, pp_layer_offset
+        self.tp_group, self.table = pg_collection.tp, table
+        check_tp((parameter.packing for parameter in table.values() if parameter.packing), self.tp_group.size())
+
+    def _build_parameters(self, device: torch.device) -> None:
+        """Register the table's parameters that belong to no submodule: all are cut along their first axis."""
+        tp = self.tp_group.size()
+        for name in (name for name in self.table if "." not in name):
+            parameter = self.table[name]
+            dtype = torch.float32 if parameter.keep_fp32 else self.config.params_dtype
+            value = nn.Parameter(torch.zeros(parameter.local_shape(tp), device=device, dtype=dtype))
+            value.tensor_model_parallel, value.partition_dim, value.partition_stride = True, parameter.axis, 1
+            self.register_parameter(name, value)
+        if "conv1d_bias" not in self.table:
+            self.register_parameter("conv1d_bias", None)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "SSMMixer":
+        """Keep A_log and D in float32 when the module is cast, as Megatron's Float16Module does to everything."""
+        kept = {name: getattr(self, name).data for name, p in self.table.items() if p.keep_fp32}
+        super()._apply(fn, recurse)
+        for name, value in kept.items():
+            parameter = getattr(self, name)
+            if parameter.dtype != value.dtype:
+                parameter.data = value.to(parameter.device)
+        return self
+
+    # What a subclass defines, on local channels; tokens are [l, b, ..] or [T, 1, ..]
+
+    def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, Tensors]:
+        """in_proj: what is convolved, and what goes around the convolution."""
+        raise TypeError(f"{type(self).__name__} does not define project")
+
+    def inputs(self, convolved: torch.Tensor, around: Tensors) -> Tensors:
+        """The scan's inputs a token: the first is what the output has the shape of, before heads are seen."""
+        raise TypeError(f"{type(self).__name__} does not define inputs")
+
+    def scan(self, tokens: Tensors, state: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Dense [b, l, ..], from an empty state or the one given: output [b, l, D/p] and the state after it."""
+        raise TypeError(f"{type(self).__name__} does not define scan")
+
+    def ssm_prefill(
+        self, tokens: Tensors, states: torch.Tensor, slots: torch.Tensor, cu_seqlens: torch.Tensor
+    ) -> torch.Tensor:
+        """Packed prompts or parts of them [T, ..]: output [T, D/p]; states from and into the slots."""
+        raise TypeError(f"{type(self).__name__} does not define ssm_prefill")
+
+    def ssm_decode(self, tokens: Tensors, states: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        """One token a request [s, ..]: output [s, D/p]; states updated in place."""
+        raise TypeError(f"{type(self).__name__} does not define ssm_decode")
+
+    def finish(self, y: torch.Tensor, around: Tensors) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """out_proj, and its bias unadded."""
+        raise TypeError(f"{type(self).__name__} does not define finish")
+
+    # Forward
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        inference_context: BaseInferenceContext | None = None,
+        *,
+        inference_params: BaseInferenceContext | None = None,
+        packed_seq_params: object | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """hidden_states [l, b, h], or [l/p, b, h] under sequence parallelism -> the same shape, and out_proj's bias.
+
+        With an inference context b is 1 under dynamic batching (l packed tokens) and the batch under static.
+        """
+        context = deprecate_inference_params(inference_context, inference_params)
+        if packed_seq_params is not None:
+            raise UserError("packed_seq_params", "given", "is not implemented by these mixers", "None")
+        x, around = self.project(hidden_states)
+        if context is None or not InferenceMode.is_active():
+            y = self._dense(x, around, None)[0]
+        elif context.is_dynamic_batching():
+            y = self._dynamic(x, around, context)
+        else:
+            y = self._static(x, around, context)
+        return self.finish(y, around)
+
+    def conv_weights(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Taps [channels/p, K] and bias."""
+        return self.conv1d_weight.squeeze(1), self.conv1d_bias
+
+    def _dense(self, x: torch.Tensor, around: Tensors, states: States | None) -> tuple[torch.Tensor, States]:
+        conv_state, ssm_state = states or (None, None)
+        convolved, conv_state = ops.causal_conv1d(x.transpose(0, 1), *self.conv_weights(), conv_state)
+        tokens = self.inputs(convolved.transpose(0, 1), around)
+        y, ssm_state = self.scan(tuple(t.transpose(0, 1) for t in tokens), ssm_state)
+        return y.transpose(0, 1).contiguous(), (conv_state, ssm_state)
+
+    def _static(self, x: torch.Tensor, around: Tensors, context: BaseInferenceContext) -> torch.Tensor:
+        cache, batch = context.key_value_memory_dict, x.shape[1]
+        fresh = context.sequence_len_offset == 0
+        y, states = self._dense(x, around, None if fresh else cache[self.layer_number])
+        if fresh:
+            cache[self.layer_number] = self.allocate_inference_cache(batch)
+        for kept, new in zip(cache[self.layer_number], states, strict=True):
+            kept.copy_(new)
+        return y
+
+    def allocate_inference_cache(self, batch_size: int, ssm_dtype: torch.dtype = torch.float32) -> States:
+        """Zero states for static batching: conv [b, ..] in the model's dtype and ssm [b, ..] in `ssm_dtype`."""
+        conv, ssm = self.mamba_state_shapes_per_request()
+        weight = self.conv1d_weight
+        return weight.new_zeros(batch_size, *conv), weight.new_zeros(batch_size, *ssm, dtype=ssm_dtype)
+
+    def _dynamic(self, x: torch.Tensor, around: Tensors, context: BaseInferenceContext) -> torch.Tensor:
+        """x [padded tokens, 1, ..] -> y [padded tokens, 1, D/p], zero for padding.
+
+        Convolution and scan differ between decode and prefill; what lies between takes all tokens at once, so that a
+        mixed step pays no more all-reduces than a pure one.
+        """
+        _refuse_unsupported(context)
+        conv_states, ssm_states = context.mamba_states_cache(self.layer_number - self.pp_layer_offset)
+        metadata, batch = context.mamba_metadata, context.batch_dimensions
+        decodes, prefills, tokens = batch.decode_req_count, batch.prefill_req_count, batch.token_count
+        decode, prefill = slice(0, decodes), slice(decodes, tokens)
+        x = x.squeeze(1)
+        convolved = torch.zeros_like(x)
+        if decodes:
+            decode_slots = metadata.batch_indices_decode[:decodes].long()
+            convolved[decode] = ops.causal_conv1d_step(x[decode], *self.conv_weights(), conv_states, decode_slots)
+        if prefills:
+            prefill_slots = metadata.batch_indices_prefill[:prefills].long()
+            cu_seqlens = metadata.cu_seqlens[: prefills + 1]
+            convolved[prefill] = ops.causal_conv1d_varlen(
+                x[prefill], *self.conv_weights(), conv_states, prefill_slots, cu_seqlens
+            )
+        inputs = [t.squeeze(1) for t in self.inputs(convolved.unsqueeze(1), around)]
+        y = inputs[0].new_zeros(len(x), inputs[0].shape[1:].numel())
+        if decodes:
+            y[decode] = self.ssm_decode(_part(inputs, decode), ssm_states, decode_slots)
+        if prefills:
+            y[prefill] = self.ssm_prefill(_part(inputs, prefill), ssm_states, prefill_slots, cu_seqlens)
+        return y.unsqueeze(1)
+
+    # Distributed checkpoints
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """Megatron's sharded state dict; packed tensors are stored by band (`in_proj.weight.x`), for any TP to load."""
+        return sharded_by_band(self, self.table, self.tp_group, prefix, sharded_offsets, metadata)
+
+
+def _part(tokens: Sequence[torch.Tensor], part: slice) -> Tensors:
+    return tuple(t[part] for t in tokens)
+
+
+def _refuse_unsupported(context: BaseInferenceContext) -> None:
+    """Prefix caching and speculation need states in the middle of a prompt; without them results would be wrong."""
+    if context.mamba_slot_allocator is not None:
+        raise UserError("enable_prefix_caching", True, "is not implemented by these mixers", "False")
+    if context.num_speculative_tokens:
+        raise UserError("num_speculative_tokens", context.num_speculative_tokens, "is not implemented", "0")
