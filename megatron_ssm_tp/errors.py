@@ -14,7 +14,16 @@ class UserError(ValueError):
         super().__init__(f"{field}={_short(value)}: {problem}; legal: {legal}")
 
     def __reduce__(self):  # so that one rank can send it to the others
-        return type(self), (self.field, self.value, self.problem, self.legal)
+        return type(self), (self.field, _Shown(_short(self.value)), self.problem, self.legal)
+
+
+class _Shown(str):
+    """A value as it is shown: any value can be sent to other ranks this way."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
 
 
 def _short(value: object) -> str:

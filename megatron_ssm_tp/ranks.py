@@ -1,10 +1,12 @@
-"""Agreement between ranks: what one of them cannot do ends all of them, with one message and without a hang."""
+"""Agreement between ranks: what one cannot do, or the loss of one, ends all with one message and without a hang."""
 
-from collections.abc import Callable
+import contextlib
+import os
+from collections.abc import Callable, Iterator
 
 import torch.distributed as dist
 
-from .errors import UserError
+from .errors import PeerLostError, UserError
 
 
 def agree[T](step: Callable[[], T], group: dist.ProcessGroup) -> T:
@@ -14,6 +16,7 @@ def agree[T](step: Callable[[], T], group: dist.ProcessGroup) -> T:
 
     Raises:
         UserError: the first rank's that has one.
+        PeerLostError: a rank ended.
         RuntimeError: another rank failed by something else; that rank raises it as it is.
     """
     result, error = None, None
@@ -24,7 +27,8 @@ def agree[T](step: Callable[[], T], group: dist.ProcessGroup) -> T:
     if group.size() > 1:
         message = error if isinstance(error, UserError) or error is None else f"{type(error).__name__}: {error}"
         messages: list[UserError | str | None] = [None] * group.size()
-        dist.all_gather_object(messages, message, group=group)
+        with lost_peers_reported():
+            dist.all_gather_object(messages, message, group=group)
         first = next((found for found in messages if isinstance(found, UserError)), None)
         if first is not None:
             raise first
@@ -35,3 +39,26 @@ def agree[T](step: Callable[[], T], group: dist.ProcessGroup) -> T:
     if error is not None:
         raise error
     return result  # type: ignore[return-value]  # no error: step returned
+
+
+@contextlib.contextmanager
+def lost_peers_reported() -> Iterator[None]:
+    """Turn the errors that collectives raise when a peer is gone into PeerLostError, one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "out of memory" in str(error) or not _of_a_collective(error):
+            raise
+        raise PeerLostError(lost(str(error).strip().splitlines()[0])) from error
+
+
+def _of_a_collective(error: RuntimeError) -> bool:
+    # gloo raises plain RuntimeErrors
+    signs = ("gloo", "Connection closed by peer", "Connection reset")
+    return isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)
+
+
+def lost(reason: str) -> str:
+    """The line that a rank says which has lost another."""
+    rank = dist.get_rank() if dist.is_initialized() else os.environ.get("RANK", 0)
+    return f"rank {rank}: another rank ended or cannot be reached ({reason})"

@@ -1,5 +1,6 @@
 """What ranks are asked to do: functions that run on every rank of a `Ranks` pool and return plain data."""
 
+from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
 
@@ -247,3 +248,53 @@ def gated_norm_error(groups: int, before_gate: bool, magnitude: float, exact: bo
 
 def groups_tp() -> torch.distributed.ProcessGroup:
     return groups().tp
+
+
+def logits_beside_a_stream(path: Path, prompt: list[int]) -> tuple[str, str]:
+    """What logits says while a stream is open, and generate after close."""
+    from megatron_ssm_tp import UserError
+
+    model, said = LLM.from_pretrained(path, dtype="float32"), []
+    stream = model.stream([prompt], SamplingParams(temperature=0, num_tokens_to_generate=5, termination_id=-1))
+    next(stream)
+    for call in (lambda: model.logits(prompt), lambda: model.generate([prompt])):
+        try:
+            call()
+        except UserError as error:
+            said.append(str(error))
+        stream.close()
+        model.close()
+    return said[0], said[1]
+
+
+def sampled_around_streams(path: Path, prompt: list[int]) -> list[list[int]]:
+    """The answer of seed 1 alone, and when a stream of seed 2 was asked for before it was begun."""
+    model, params = llm(path), SamplingParams(temperature=1.0, num_tokens_to_generate=20, termination_id=-1)
+    alone = model.generate([prompt], params, seed=1)[0].token_ids
+    first, _ = model.stream([prompt], params, seed=1), model.stream([prompt], params, seed=2)
+    return [alone, [token for piece in first for token in piece.token_ids]]
+
+
+def shared_rows_after_initialization(groups_count: int) -> list[np.ndarray]:
+    """B's rows of in_proj and of the convolution, drawn as on GPUs: from a generator of each rank's own."""
+    from types import SimpleNamespace
+    from unittest import mock
+
+    from megatron_ssm_tp.config import Mamba2Config
+    from megatron_ssm_tp.layers import initialization
+    from megatron_ssm_tp.partition.layout import mamba2_parameters
+
+    group, dims = groups_tp(), Mamba2Config(8, 4, groups_count, 5, 4, None)
+    table = mamba2_parameters(dims, 12)
+    parameters = {name: torch.zeros(p.local_shape(group.size())) for name, p in table.items()}
+    torch.manual_seed(100 + group.rank())
+    tracker = SimpleNamespace(fork=nullcontext)
+    config = SimpleNamespace(use_cpu_initialization=False, init_method=torch.nn.init.normal_)
+    with mock.patch.object(initialization, "get_cuda_rng_tracker", lambda: tracker):
+        initialization.initialize_mamba2(parameters, table, dims, config, group)
+    own = 32 // group.size()
+    size = 5 * max(1, groups_count // group.size())
+    return [
+        parameters["in_proj.weight"][2 * own : 2 * own + size].numpy(),
+        parameters["conv1d_weight"][own : own + size].numpy(),
+    ]

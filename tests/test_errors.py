@@ -34,7 +34,8 @@ PROMPT = [1, 2, 3]
             {"num_tokens_total": 3},
             "num_tokens_total=3: is out of range; legal: 4 to 64: the prompt",
         ),
-        ([PROMPT], {"top_n_logprobs": 3}, "top_n_logprobs=3: needs return_log_probs; legal: 0 without it"),
+        ([PROMPT], {"top_n_logprobs": 3}, "top_n_logprobs=3: is not returned; legal: 0"),
+        ([PROMPT], {"termination_id": "x"}, "termination_id='x': is out of range; legal: -1 (none) to 100"),
         ([PROMPT], {"stop_words": "end"}, "stop_words='end': is not a list; legal: a list of texts"),
         ([PROMPT], {"stop_words": [5]}, "stop_words=5: is not a text of at least one token"),
         ([PROMPT], [None], "sampling_params=None: is not one; legal: SamplingParams, or one for each prompt"),
@@ -129,6 +130,29 @@ def test_more_processes_than_gpus(monkeypatch):
     with pytest.raises(UserError) as error:
         local_device()
     assert error.value.of_one_rank
+
+
+def test_logits_wait_for_an_open_stream_and_a_closed_model_says_so(world, tiny):
+    for during, after in world(1).run(jobs.logits_beside_a_stream, tiny("mamba").path, PROMPT):
+        assert "stream='another': is still open" in during
+        assert after == "LLM='this one': is closed; legal: one that is not"
+
+
+def test_ssm_dtype_is_a_dtype():
+    from megatron_ssm_tp import CacheLimits, UserError
+
+    with pytest.raises(UserError, match=r"ssm_dtype='float32': is no dtype of a state; legal: torch\.float32"):
+        CacheLimits(ssm_dtype="float32")
+
+
+def test_any_value_can_be_sent_to_the_other_ranks():
+    import pickle
+    import threading
+
+    from megatron_ssm_tp import UserError
+
+    error = UserError("path", threading.Lock(), "is not a path", "a path")
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
 
 
 def test_logits_are_checked_too(world, tiny):

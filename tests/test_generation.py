@@ -93,6 +93,12 @@ def test_every_rank_gets_the_same_sampled_text_and_a_seed_repeats_it(world, tiny
     assert first[0] == first[1] == again[0] != other[0]
 
 
+def test_a_seed_belongs_to_its_stream(world, tiny):
+    """It counts from the stream's first token, whatever was asked for in between."""
+    [[alone, streamed]] = world(1).run(jobs.sampled_around_streams, tiny("mamba").path, [1, 2, 3])
+    assert streamed == alone
+
+
 def test_no_padded_id_is_ever_sampled(world, tiny):
     """101 entries on 4 ranks are padded to 104; at a high temperature a padded row would soon be drawn."""
     model = tiny("mamba")
@@ -133,6 +139,14 @@ def test_stop_words_end_an_answer_and_are_never_shown(world, word):
     assert word in whole["text"] and cut["text"] == whole["text"].split(word)[0] and cut["finish_reason"] == "stop"
     shown, final = world(1).run(jobs.streamed, path, "And God said", params | {"stop_words": [word]})[0]
     assert shown == final == cut["text"]
+
+
+def test_a_special_token_may_be_a_stop_word(world):
+    """It is not in the text, so its id ends the answer; <|endoftext|> is 0 here and comes at a high temperature."""
+    path = CHECKPOINTS / "mamba-kjv-2.7m"
+    params = {"temperature": 5.0, "num_tokens_to_generate": 20_000, "termination_id": -1}
+    [answer] = world(1).run(jobs.generate, path, ["1"], params | {"stop_words": ["<|endoftext|>"]}, 0)[0]
+    assert answer["token_ids"][-1] == 0 and 0 not in answer["token_ids"][:-1] and answer["finish_reason"] == "stop"
 
 
 def test_a_stop_word_may_be_kept(world):

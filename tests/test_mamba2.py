@@ -112,6 +112,31 @@ def test_the_three_cases_of_the_norm(world, groups, before_gate, magnitude):
                 assert error < 1e-5, (tp, exact)
 
 
+@pytest.mark.parametrize(("groups", "tp"), [(1, 2), (1, 4), (2, 4)])
+def test_ranks_that_share_a_group_start_with_the_same_rows(world, groups, tp):
+    ranks = world(tp).run(jobs.shared_rows_after_initialization, groups)
+    sharers = tp // groups
+    for rank, rows in enumerate(ranks):
+        for own, first in zip(rows, ranks[rank // sharers * sharers], strict=True):
+            assert np.array_equal(own, first) and np.abs(own).min() > 0
+    assert groups == 1 or not np.array_equal(ranks[0][0], ranks[-1][0])
+
+
+def test_a_norm_whose_groups_ranks_would_halve_is_refused():
+    from megatron_ssm_tp.layers.gated_norm import norm_case
+
+    with pytest.raises(UserError, match="size=2: does not go with a norm of 3 groups; legal: divisors and multiples"):
+        norm_case(3, 2, torch.float32)
+
+
+def test_groups_must_divide_heads(tiny, tmp_path):
+    raw = json.loads((tiny("mamba2", n_groups=2, tied=False).path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"n_groups": 3}))
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"n_groups=3: does not divide n_heads \(8\); legal: a divisor of n_heads"):
+        open_model(tmp_path)
+
+
 def test_sums_in_half_precision_columns_are_float32s():
     from megatron_ssm_tp.layers.gated_norm import _pack
 

@@ -107,10 +107,12 @@ def _state_spaces_mamba2(ssm: Mapping[str, Any], hidden: int) -> Mamba2Config:
     for field in ("d_ssm", "D_has_hdim"):
         if ssm.get(field):
             raise UserError(f"config.json ssm_cfg.{field}", ssm[field], "is not implemented", "null or false")
-    head_dim, groups = get(ssm, "headdim", int, 64), get(ssm, "ngroups", int, 1)
+    head_dim, groups, d_inner = get(ssm, "headdim", int, 64), get(ssm, "ngroups", int, 1), expanded(ssm, hidden)
+    if d_inner % head_dim:
+        raise UserError("config.json ssm_cfg.headdim", head_dim, "does not divide d_inner", f"a divisor of {d_inner}")
     norm = GatedNormConfig(1e-5, groups, before_gate=get(ssm, "norm_before_gate", bool, False))
     return Mamba2Config(
-        n_heads=expanded(ssm, hidden) // head_dim,
+        n_heads=d_inner // head_dim,
         head_dim=head_dim,
         n_groups=groups,
         d_state=get(ssm, "d_state", int, 128),
@@ -132,7 +134,7 @@ def _read_state_spaces(family: Family, raw: Mapping[str, Any]) -> ModelConfig:
     and so does this: 50277 to 50279 are no tokens of GPT-NeoX's, but may be sampled in either.
     """
     ssm = get(raw, "ssm_cfg", dict, {})
-    layer = ssm.get("layer", "Mamba1")
+    layer = get(ssm, "layer", str, "Mamba1")
     if layer not in _STATE_SPACES_MIXERS:
         raise UserError("config.json ssm_cfg.layer", layer, "is not implemented", ", ".join(_STATE_SPACES_MIXERS))
     for field in ("attn_layer_idx", "attn_cfg"):

@@ -35,7 +35,10 @@ def get(raw: Mapping[str, Any], field: str, kind: type, default: Any = _REQUIRED
 
 def expanded(raw: Mapping[str, Any], hidden: int) -> int:
     """d_inner by the expansion factor, which may be a fraction."""
-    return int(get(raw, "expand", float, 2) * hidden)
+    width = int(get(raw, "expand", float, 2) * hidden)
+    if width < 1:
+        raise UserError("config.json expand", raw["expand"], "leaves no channel", f"at least 1 / {hidden}")
+    return width
 
 
 def dt_rank(raw: Mapping[str, Any], field: str, hidden: int) -> int:

@@ -32,8 +32,8 @@ def save_torch_dist(
     Raises:
         UserError: `path` exists or cannot be written; the same on every rank.
     """
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
+    path = Path(path).absolute()
+    partial = path.with_name(f"{path.name}.partial")
     agree(lambda: _make_room(path, partial), dist.group.WORLD)
     with megatron_on_cpu():
         dist_checkpointing.save(_sharded(model, groups) | {_CONFIG: dataclasses.asdict(config)}, str(partial))
@@ -45,13 +45,20 @@ def _make_room(path: Path, partial: Path) -> None:
     """Rank 0 alone decides and acts: another node may see the file system late."""
     if dist.get_rank() != 0:
         return
-    if path.exists():
-        raise UserError("save", str(path), "exists", "a path that does not")
     try:
+        if path.exists():
+            raise UserError("save", str(path), "exists", "a path that does not")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     except OSError as error:
         raise UserError("save", str(path), f"cannot be written ({error})", "a path in a folder that can be") from error
+
+
+def _check_stored(path: str | Path, config: ModelConfig) -> None:
+    if not dist_checkpointing.check_is_distributed_checkpoint(str(path)):
+        raise UserError("load", str(path), "is not a torch_dist checkpoint", "a directory that save_torch_dist wrote")
+    if dist_checkpointing.load_common_state_dict(str(path)).get(_CONFIG) != dataclasses.asdict(config):
+        raise UserError("load", str(path), "is of another model", f"a checkpoint of {config}")
 
 
 def load_torch_dist(
@@ -62,11 +69,7 @@ def load_torch_dist(
     Raises:
         UserError: not such a directory, or one of another model.
     """
-    if not dist_checkpointing.check_is_distributed_checkpoint(str(path)):
-        raise UserError("load", str(path), "is not a torch_dist checkpoint", "a directory that save_torch_dist wrote")
+    agree(lambda: _check_stored(path, config), dist.group.WORLD)
     with megatron_on_cpu():
-        stored = dist_checkpointing.load_common_state_dict(str(path)).get(_CONFIG)
-        if stored != dataclasses.asdict(config):
-            raise UserError("load", str(path), "is of another model", f"a checkpoint of {config}")
         state = dist_checkpointing.load(_sharded(model, groups), str(path))
     model.load_state_dict({name.removeprefix(_PREFIX): value for name, value in state.items() if name != _CONFIG})

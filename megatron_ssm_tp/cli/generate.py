@@ -55,8 +55,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def _read_inputs(args: argparse.Namespace) -> list[str]:
     """The prompts; also finds out what would fail only after the work."""
     prompts = list(args.prompt or [])
-    if args.json not in (None, STDOUT) and not os.access(Path(args.json).parent, os.W_OK):
-        raise UserError("json", args.json, "cannot be written", "a file in a folder that exists and may be written to")
+    if args.json not in (None, STDOUT) and is_speaker():
+        file = Path(args.json)
+        if not file.name or file.is_dir() or not os.access(file.parent, os.W_OK):
+            raise UserError("json", args.json, "cannot be written", "a file in a folder that can be written to")
     if args.prompt_file is not None:
         try:
             lines = Path(args.prompt_file).read_text(encoding="utf-8-sig").replace("\r\n", "\n").split("\n")
@@ -169,6 +171,7 @@ def _write_whole(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
         partial.replace(path)
     except OSError as error:
+        partial.unlink(missing_ok=True)
         raise UserError("json", str(path), f"cannot be written ({error})", "a file that can be written") from error
 
 

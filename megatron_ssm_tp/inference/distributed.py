@@ -8,7 +8,7 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from ..errors import UserError
-from .peers import lost_peers_reported
+from ..ranks import lost_peers_reported
 
 
 def local_device() -> torch.device:

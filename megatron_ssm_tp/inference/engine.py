@@ -70,26 +70,42 @@ class DynamicEngine:
         self._one_run = threading.Lock()
         self._shown: dict[int, int] = {}
 
-    def seed(self, seed: int) -> None:
-        """Restart the sampling generator; the same on every rank."""
-        self.controller.sampling_rng.manual_seed(seed)
-
     def close(self) -> None:
         """Let go of the loop; the engine cannot run any more."""
         self._loop.close()
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Nothing else runs the model meanwhile. Raises UserError if something does."""
+        if not self._one_run.acquire(blocking=False):
+            raise UserError("stream", "another", "is still open", "consume it, or close() it, before the next")
+        try:
+            yield
+        finally:
+            self._one_run.release()
+
     def run(
-        self, requests: Sequence[Request], around_step: Callable[[], AbstractContextManager] = nullcontext
+        self,
+        requests: Sequence[Request],
+        around_step: Callable[[], AbstractContextManager] = nullcontext,
+        seed: int | None = None,
     ) -> Iterator[Progress]:
         """Step until all requests are answered; yields each one's state whenever it has changed.
 
-        Each step runs inside `around_step()`. Abandoned midway, or left by an error, it drops what is left.
+        `seed` restarts the sampling generator, the same on every rank. Each step runs inside `around_step()`.
+        Abandoned midway, or left by an error, it drops what is left.
 
         Raises:
             UserError: another run is not over.
         """
-        if not self._one_run.acquire(blocking=False):
-            raise UserError("stream", "another", "is still open", "consume it, or close() it, before the next")
+        with self.alone():
+            if seed is not None:
+                self.controller.sampling_rng.manual_seed(seed)
+            yield from self._run(requests, around_step)
+
+    def _run(
+        self, requests: Sequence[Request], around_step: Callable[[], AbstractContextManager]
+    ) -> Iterator[Progress]:
         try:
             ids = {self._add(request): index for index, request in enumerate(requests)}
             while self._engine.has_unfinished_requests():
@@ -104,7 +120,6 @@ class DynamicEngine:
             if self._engine.has_unfinished_requests():
                 with megatron_inference():
                     self._engine.reset()
-            self._one_run.release()
 
     def _step(self) -> dict:
         """One step of Megatron's coroutine, on a loop of our own: the caller's may be running, or closed, or gone."""

@@ -16,10 +16,10 @@ from ..config import DTYPES
 from ..errors import UserError
 from ..layers.model import SSMModel, build_model
 from ..partition.layout import check_tp_size
-from ..ranks import agree
+from ..ranks import agree, lost_peers_reported
 from .distributed import join
 from .engine import DynamicEngine, Progress, Request
-from .peers import PeerWatch, lost_peers_reported
+from .peers import PeerWatch
 from .requests import (
     GenerationOutput,
     Limits,
@@ -156,9 +156,7 @@ class LLM:
     ) -> Iterator[TextPiece]:
         """As `generate`, yielding each prompt's new tokens after every step; consume it on all ranks."""
         requests = self._read_requests(prompts, sampling_params)
-        if seed is not None:
-            self.engine.seed(check_seed(seed))
-        return self._run(prompts, requests)
+        return self._run(prompts, requests, None if seed is None else check_seed(seed))
 
     def _read_requests(
         self, prompts: Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None
@@ -176,12 +174,12 @@ class LLM:
         for index, (prompt, params) in enumerate(zip(prompts, each, strict=True)):
             ids = read_prompt(f"prompts[{index}]", prompt, params, self.tokenizer, self.limits)
             ends = self.config.eos_token_ids if params.termination_id is None else (params.termination_id,)
-            words = read_stop_words(params, self.tokenizer)
-            stop = StopCondition(frozenset(ends), words, params.detokenize_stop_sequence, self.tokenizer)
+            words, word_ids = read_stop_words(params, self.tokenizer)
+            stop = StopCondition(frozenset(ends) | word_ids, words, params.detokenize_stop_sequence, self.tokenizer)
             requests.append(Request(ids, read_params(params, len(ids), self.limits), stop))
         return requests
 
-    def _run(self, prompts: Sequence[Prompt], requests: list[Request]) -> Iterator[TextPiece]:
+    def _run(self, prompts: Sequence[Prompt], requests: list[Request], seed: int | None) -> Iterator[TextPiece]:
         started = time.monotonic()
         texts = [prompt if isinstance(prompt, str) else None for prompt in prompts]
         answers = [
@@ -189,8 +187,13 @@ class LLM:
             for index, (text, request) in enumerate(zip(texts, requests, strict=True))
         ]
         with lost_peers_reported():
-            for progress in self.engine.run(requests, self._step):
+            for progress in self._open_engine().run(requests, self._step, seed):
                 yield answers[progress.index].advance(progress)
+
+    def _open_engine(self) -> DynamicEngine:
+        if self.engine is None:
+            raise UserError("LLM", "this one", "is closed", "one that is not")
+        return self.engine
 
     def close(self) -> None:
         """Let go of engine and peers. The model's memory is free when no one holds the LLM any longer."""
@@ -212,13 +215,13 @@ class LLM:
         """Logits after every token of one sequence: float32 [len(token_ids), vocab_size], the padding stripped.
 
         Raises:
-            UserError: no tokens, or one out of the vocabulary.
+            UserError: no tokens, or one out of the vocabulary, or a stream that is still open.
         """
         ids = check_token_ids("token_ids", token_ids, self.limits)
         device = self.model.embedding.word_embeddings.weight.device
         tokens = torch.tensor([ids], device=device)
         positions = torch.arange(len(ids), device=device)[None]
-        with lost_peers_reported(), megatron_on_cpu(), self._step():
+        with self._open_engine().alone(), lost_peers_reported(), megatron_on_cpu(), self._step():
             return self.model(tokens, positions, None, runtime_gather_output=True)[0].float()
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import torch.distributed as dist
 
-from ..errors import PeerLostError
+from ..ranks import lost
 
 # How long a step may still run once the neighbour's process has ended: it may have ended well, a step ahead of us.
 GRACE_SECONDS = 5.0
@@ -77,7 +77,7 @@ class PeerWatch:
             if began is not None and time.monotonic() - max(began, ended) > grace:
                 with contextlib.suppress(OSError):
                     self._before.send(_LOST)
-                print(f"error: {_lost(f'rank {self._neighbour} is gone')}", file=sys.stderr, flush=True)
+                print(f"error: {lost(f'rank {self._neighbour} is gone')}", file=sys.stderr, flush=True)
                 os._exit(1)
 
 
@@ -89,25 +89,3 @@ def _own_address() -> str:
         except OSError:
             return "127.0.0.1"
         return probe.getsockname()[0]
-
-
-@contextlib.contextmanager
-def lost_peers_reported() -> Iterator[None]:
-    """Turn the errors that collectives raise when a peer is gone into PeerLostError, one line."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "out of memory" in str(error) or not _of_a_collective(error):
-            raise
-        raise PeerLostError(_lost(str(error).strip().splitlines()[0])) from error
-
-
-def _of_a_collective(error: RuntimeError) -> bool:
-    # gloo raises plain RuntimeErrors
-    signs = ("gloo", "Connection closed by peer", "Connection reset")
-    return isinstance(error, dist.DistError) or any(sign in str(error) for sign in signs)
-
-
-def _lost(reason: str) -> str:
-    rank = dist.get_rank() if dist.is_initialized() else os.environ.get("RANK", 0)
-    return f"rank {rank}: another rank ended or cannot be reached ({reason})"

@@ -97,23 +97,39 @@ def read_params(params: SamplingParams, prompt_length: int, limits: Limits) -> S
     top_p = _number("top_p", params.top_p, 0, 1, "0 (off) to 1")
     if top_k and top_p:
         raise UserError("top_p", top_p, f"cannot go with top_k={top_k}", "one of the two")
-    if params.top_n_logprobs and not params.return_log_probs:
-        raise UserError("top_n_logprobs", params.top_n_logprobs, "needs return_log_probs", "0 without it")
+    if params.top_n_logprobs:
+        raise UserError("top_n_logprobs", params.top_n_logprobs, "is not returned", "0; LLM.logits has all of them")
+    if params.termination_id is not None:
+        legal = f"-1 (none) to {limits.vocab_size - 1}"
+        params.termination_id = _integer("termination_id", params.termination_id, -1, limits.vocab_size - 1, legal)
     params.temperature, params.top_k, params.top_p = (temperature, top_k, top_p) if temperature else (1.0, 1, 0.0)
     params.num_tokens_to_generate = _tokens_to_generate(params, prompt_length, limits)
     params.num_tokens_total, params.stop_words, params.skip_prompt_log_probs = None, None, True
     return params
 
 
-def read_stop_words(params: SamplingParams, tokenizer: TextTokenizer | NoTokenizer) -> list[str]:
-    """Raises UserError for a stop word that is no text, empty, or cannot be found without a tokenizer."""
+def read_stop_words(params: SamplingParams, tokenizer: TextTokenizer | NoTokenizer) -> tuple[list[str], frozenset[int]]:
+    """The stop words that are text, and the ids of those that are a special token (which text does not show).
+
+    Raises:
+        UserError: one that is no text, is empty, mixes text and special tokens, or needs a tokenizer that is not there.
+    """
     words = [] if params.stop_words is None else params.stop_words
     if isinstance(words, str) or not isinstance(words, Sequence):
         raise UserError("stop_words", words, "is not a list", "a list of texts")
+    texts, special_ids = [], set()
     for word in words:
-        if not isinstance(word, str) or not tokenizer.tokenize(word):
+        ids = tokenizer.tokenize(word) if isinstance(word, str) else []
+        if not ids:
             raise UserError("stop_words", word, "is not a text of at least one token", "texts")
-    return list(words)
+        special = tokenizer.special_ids.intersection(ids)
+        if special and len(ids) > 1:
+            raise UserError("stop_words", word, "mixes text and special tokens", "text, or one special token")
+        if special:
+            special_ids |= special
+        else:
+            texts.append(word)
+    return texts, frozenset(special_ids)
 
 
 def _number(field: str, value: object, low: float, high: float, legal: str) -> float:

@@ -33,6 +33,8 @@ class CacheLimits:
     ssm_dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
+        if not isinstance(self.ssm_dtype, torch.dtype) or not self.ssm_dtype.is_floating_point:
+            raise UserError("ssm_dtype", self.ssm_dtype, "is no dtype of a state", "torch.float32, torch.bfloat16")
         for field in ("max_requests", "max_tokens", "max_sequence_length"):
             value = getattr(self, field)
             least = 2 if field == "max_sequence_length" else 1

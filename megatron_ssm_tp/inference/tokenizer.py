@@ -22,6 +22,8 @@ class TextTokenizer:
         self.eod = self.eos_id = eod
         self.bos = bos
         self.vocab_size = self._tokenizer.get_vocab_size()
+        added = self._tokenizer.get_added_tokens_decoder()
+        self.special_ids = frozenset(token for token, entry in added.items() if entry.special)
 
     def tokenize(self, text: str) -> list[int]:
         """Raises UserError for text that UTF-8 cannot hold (lone surrogates)."""
@@ -53,6 +55,7 @@ class NoTokenizer:
 
     unique_identifiers = None
     bos = None
+    special_ids: frozenset[int] = frozenset()
 
     def __init__(self, where: Path, vocab_size: int, eod: int) -> None:
         self._where, self.vocab_size = where, vocab_size

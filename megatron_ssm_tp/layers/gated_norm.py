@@ -27,6 +27,7 @@ from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, mak
 from torch import nn
 
 from ..config import GatedNormConfig
+from ..errors import UserError
 from ..partition.layout import sum_columns
 
 
@@ -37,9 +38,16 @@ class NormCase(Enum):
 
 
 def norm_case(groups: int, tp: int, dtype: torch.dtype, exact: bool = False) -> NormCase:
-    """Which case holds. float16 is never deferred: what is not yet normalized may exceed its range."""
+    """Which case holds. float16 is never deferred: what is not yet normalized may exceed its range.
+
+    Raises:
+        UserError: a rank would hold parts of several groups.
+    """
     if groups % tp == 0:
         return NormCase.LOCAL
+    if tp % groups:
+        legal = f"divisors and multiples of {groups}"
+        raise UserError("tensor_model_parallel_size", tp, f"does not go with a norm of {groups} groups", legal)
     if groups == 1 and not exact and dtype != torch.float16:
         return NormCase.DEFERRED
     return NormCase.REDUCED

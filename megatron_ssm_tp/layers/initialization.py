@@ -11,6 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from ..config import Mamba1Config, Mamba2Config
 from ..partition.apply import cut
 from ..partition.layout import Parameter
+from .sharding import sum_over_holders
 
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 0.1, 1e-4
 
@@ -100,3 +101,8 @@ def _draw(
         return
     with get_cuda_rng_tracker().fork():
         fill(target)
+    tp, rank, bands = tp_group.size(), tp_group.rank(), parameter.packing.bands
+    for band, piece in zip(bands, target.split([band.local_size(tp) for band in bands]), strict=True):
+        if band.is_shared(tp):  # the ranks drew different values: the first holder's count
+            first = rank % (tp // band.atoms) == 0
+            piece.copy_(sum_over_holders(piece if first else torch.zeros_like(piece), band, tp_group))

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -32,6 +31,7 @@ from ..partition.layout import mamba2_parameters, state_shapes
 from .gated_norm import GatedRMSNorm, NormCase, normed_row_parallel
 from .initialization import filled_later, initialize_mamba2
 from .mixer import SSMMixer, Tensors
+from .sharding import sum_over_holders
 
 
 @dataclass
@@ -125,16 +125,14 @@ class Mamba2Mixer(SSMMixer):
 
     def _with_shared_rows_summed(self, bands: tuple[Band, ...], gradient: torch.Tensor) -> torch.Tensor:
         """The gradient of one parameter, its rows of shared bands summed over the ranks that hold the same."""
-        tp, groups = self.tp_group.size(), self.dims.n_groups
-        slot = self.tp_group.rank() * groups // tp
-        pieces = list(gradient.split([band.local_size(tp) for band in bands]))
-        for index, band in enumerate(bands):
-            if band.is_shared(tp):
-                sums = gradient.new_zeros(groups, *pieces[index].shape)
-                sums[slot] = pieces[index]
-                dist.all_reduce(sums, group=self.tp_group)
-                pieces[index] = sums[slot]
-        return torch.cat(pieces)
+        tp = self.tp_group.size()
+        pieces = gradient.split([band.local_size(tp) for band in bands])
+        return torch.cat(
+            [
+                sum_over_holders(piece, band, self.tp_group) if band.is_shared(tp) else piece
+                for band, piece in zip(bands, pieces, strict=True)
+            ]
+        )
 
     def inputs(self, convolved: torch.Tensor, around: Tensors) -> Tensors:
         """x [.., D/p], dt [.., H/p], B and C [.., g N]."""

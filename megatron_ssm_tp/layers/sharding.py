@@ -18,6 +18,16 @@ from ..partition.bands import Band
 from ..partition.layout import Parameter
 
 
+def sum_over_holders(piece: torch.Tensor, band: Band, tp_group: dist.ProcessGroup) -> torch.Tensor:
+    """The sum of `piece` over the ranks that hold the same elements of a shared band (a slot for each of its atoms)."""
+    tp, rank = tp_group.size(), tp_group.rank()
+    slot = rank * band.atoms // tp
+    sums = piece.new_zeros(band.atoms, *piece.shape)
+    sums[slot] = piece
+    dist.all_reduce(sums, group=tp_group)
+    return sums[slot]
+
+
 def sharded_by_band(
     module: nn.Module,
     table: Mapping[str, Parameter],

@@ -2,8 +2,8 @@
 
     mamba          Mamba-1: d_inner = 2 x hidden, d_conv 4, dt_rank = hidden / 16 rounded up
     falcon_mamba   the same with RMS norms (no weight, eps 1e-6) on dt, B and C
-    mamba2         Mamba-2 at any TP: d_inner = 2 x hidden, d_conv 4, heads and groups by --mamba-head-dim and
-                   --mamba-num-groups, gated norm by group as in Megatron's own mixer
+    mamba2         Mamba-2 at any TP: d_conv 4, heads and groups by --mamba-num-heads (or 2 x hidden / head_dim),
+                   --mamba-head-dim and --mamba-num-groups, gated norm by group as in Megatron's own mixer
 
 d_state is Megatron's --mamba-state-dim. Beside --spec a script needs --hybrid-layer-pattern MMM... Sizes that a preset
 does not cover come from a spec of one's own: `name = mamba1_stack_spec(Mamba1Config(...))` in any importable module.
@@ -19,6 +19,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from ..config import GatedNormConfig, Mamba1Config, Mamba2Config
+from ..errors import UserError
 from .mamba1_mixer import Mamba1Mixer, Mamba1MixerSubmodules
 from .mamba2_mixer import Mamba2Mixer, Mamba2MixerSubmodules
 from .norm import LocalRMSNorm
@@ -40,8 +41,11 @@ def _falcon_mamba_preset(config: TransformerConfig) -> Mamba1Config:
 
 
 def _mamba2_preset(config: TransformerConfig) -> Mamba2Config:
+    head_dim, d_inner = config.mamba_head_dim, 2 * config.hidden_size
+    if config.mamba_num_heads is None and d_inner % head_dim:
+        raise UserError("mamba_head_dim", head_dim, "does not divide 2 x hidden_size", f"a divisor of {d_inner}")
     return Mamba2Config(
-        n_heads=2 * config.hidden_size // config.mamba_head_dim,
+        n_heads=config.mamba_num_heads or d_inner // head_dim,
         head_dim=config.mamba_head_dim,
         n_groups=config.mamba_num_groups,
         d_state=config.mamba_state_dim,

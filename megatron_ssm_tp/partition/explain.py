@@ -42,11 +42,11 @@ def explain(config: ModelConfig, tp: int, file_name: Callable[[str], str]) -> It
     yield f"a rank of {tp} holds {weights:,} bytes of weights, and {state:,} bytes of state for each running request"
     if tp > 1:
         reductions = all_reduces(config, tp)
-        parts = " and ".join(f"{values} ({name})" for name, values in reductions.items())
+        parts = " and ".join(f"{values} ({name})" for name, (values, _) in reductions.items())
         plural = "s" if len(reductions) > 1 else ""
         yield (
             f"all-reduce{plural} a layer: {len(reductions)}, of {parts} values a token: "
-            f"{sum(reductions.values()) * itemsize:,} bytes"
+            f"{sum(size for _, size in reductions.values()):,} bytes"
         )
 
 

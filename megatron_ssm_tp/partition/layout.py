@@ -7,7 +7,8 @@ distributed checkpoints by it, `plan` prints it, and the tests cut Hugging Face'
 from dataclasses import dataclass
 from math import prod
 
-from ..config import Mamba1Config, Mamba2Config, ModelConfig
+from ..config import DTYPES, Mamba1Config, Mamba2Config, ModelConfig
+from ..errors import UserError
 from .bands import Band, Packing, Uneven
 from .plan import LEGAL_LIMIT, Plan, check_tp, legal_tp
 
@@ -70,6 +71,8 @@ def mamba2_parameters(mixer: Mamba2Config, hidden_size: int) -> dict[str, Parame
     by groups. Where the ranks are a multiple of the groups, each keeps the one group that its heads use.
     """
     d, h, g = mixer.d_inner, mixer.n_heads, mixer.n_groups
+    if h % g:
+        raise UserError("n_groups", g, f"does not divide n_heads ({h})", "a divisor of n_heads")
 
     def by_head(name: str) -> Band:
         return Band(name, d, units=h, dimension="n_heads")
@@ -156,17 +159,23 @@ def state_shapes(mixer: Mamba1Config | Mamba2Config, tp: int) -> tuple[tuple[int
     return conv, (*table["A_log"].local_shape(tp), mixer.head_dim, mixer.d_state)
 
 
-def all_reduces(config: ModelConfig, tp: int) -> dict[str, int]:
-    """What a layer's mixer reduces over `tp` ranks: name -> values a token (float32 ones count as they are)."""
-    mixer = config.mixer
+def all_reduces(config: ModelConfig, tp: int) -> dict[str, tuple[int, int]]:
+    """What a layer's mixer reduces over `tp` ranks: name -> values a token, and their bytes.
+
+    The cases of a Mamba-2 norm are those of `layers.gated_norm`.
+    """
+    mixer, hidden, itemsize = config.mixer, config.hidden_size, DTYPES[config.dtype]
+    out_proj = (hidden, hidden * itemsize)
     if isinstance(mixer, Mamba1Config):
-        return {"x_proj": mixer.dt_rank + 2 * mixer.d_state, "out_proj": config.hidden_size}
+        bcdt = mixer.dt_rank + 2 * mixer.d_state
+        return {"x_proj": (bcdt, bcdt * itemsize), "out_proj": out_proj}
     norm = mixer.norm
     if norm is None or norm.groups % tp == 0:
-        return {"out_proj": config.hidden_size}
-    if norm.groups == 1:
-        return {"out_proj with the norm's sums": config.hidden_size + sum_columns(config.dtype, tp)}
-    return {"norm": norm.groups, "out_proj": config.hidden_size}
+        return {"out_proj": out_proj}
+    if norm.groups == 1 and config.dtype != "float16":
+        values = hidden + sum_columns(config.dtype, tp)
+        return {"out_proj with the norm's sums": (values, values * itemsize)}
+    return {"norm, float32": (norm.groups, norm.groups * 4), "out_proj": out_proj}
 
 
 def sum_columns(dtype: str, tp: int) -> int:
