@@ -10,14 +10,16 @@ from jobs import groups, llm
 from megatron_ssm_tp import SamplingParams
 from megatron_ssm_tp.compat.cpu import megatron_on_cpu
 
+Sent = tuple[str, tuple[int, ...]]  # a collective's name, and its tensor's shape
+
 
 @contextmanager
-def collectives_recorded(group: torch.distributed.ProcessGroup) -> Iterator[list[tuple[str, tuple[int, ...]]]]:
+def collectives_recorded(group: torch.distributed.ProcessGroup) -> Iterator[list[Sent]]:
     """Every collective that `group` is asked for, by its backend's own name, with the shape of its first tensor.
 
     The group's class is wrapped, below all that Python code may have imported under another name.
     """
-    sent: list[tuple[str, tuple[int, ...]]] = []
+    sent: list[Sent] = []
     kind = torch.distributed.ProcessGroup
     names = [name for name in dir(kind) if name.lstrip("_").startswith(_COLLECTIVES) and callable(getattr(kind, name))]
     saved = {name: getattr(kind, name) for name in names}
@@ -58,10 +60,10 @@ _COLLECTIVES = (
 )
 
 
-def collectives_of_steps(path: Path, prompts: list[list[int]], count: int) -> list[list[tuple[str, tuple[int, ...]]]]:
+def collectives_of_steps(path: Path, prompts: list[list[int]], count: int, **limits: int) -> list[list[Sent]]:
     """For each forward pass of a generation, what the decoder's layers sent."""
-    model = llm(path)
-    passes: list[list[tuple[str, tuple[int, ...]]]] = []
+    model = llm(path, **limits)
+    passes: list[list[Sent]] = []
     with collectives_recorded(model.model.pg_collection.tp) as sent:
 
         def enter(*_) -> None:

@@ -33,8 +33,9 @@ def test_torch_dist_refuses_to_overwrite_and_to_load_another_model(world, tiny, 
 
 
 @TP
-def test_static_engine(world, tiny, tp):
-    model = tiny("falcon_mamba")
+@pytest.mark.parametrize("family", ["falcon_mamba", "mamba2"])
+def test_static_engine(world, tiny, family, tp):
+    model = tiny(family)
     prompts = [list(range(1, 8)), list(range(3, 15)), [5, 9]]
     expected = [model.greedy(prompt, 10) for prompt in prompts]
     for answers in world(tp).run(megatron_jobs.static_greedy, model.path, prompts, 10):
@@ -51,8 +52,9 @@ def test_specs_build_and_train_alike_at_every_tp(world, name):
             np.testing.assert_allclose(losses, reference, rtol=2e-3)
 
 
-def test_a_log_d_and_ssm_state_stay_float32(world, tiny):
-    [found] = world(1).run(megatron_jobs.dtypes_in_bfloat16, tiny("mamba").path)
+@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+def test_a_log_d_and_ssm_state_stay_float32(world, tiny, family):
+    [found] = world(1).run(megatron_jobs.dtypes_in_bfloat16, tiny(family).path)
     kept = {name for name, dtype in found.items() if dtype == "torch.float32"}
     assert {name.rsplit(".", 1)[-1] for name in kept} == {"A_log", "D", "ssm"}
     assert set(found.values()) == {"torch.float32", "torch.bfloat16"}

@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _kernels() -> None:
     say("\nkernels in use")
-    say("  selective scan, convolution and step: ops.reference (float32 torch), on CPU and GPU")
+    say("  scans, convolution and steps: the references in ops (float32 torch), on CPU and GPU")
 
 
 def _devices() -> None:

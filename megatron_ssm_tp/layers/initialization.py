@@ -13,6 +13,7 @@ from ..partition.apply import cut
 from ..partition.layout import Parameter
 from .sharding import sum_over_holders
 
+Fill = Callable[[torch.Tensor], object]  # fills a tensor in place
 DT_MIN, DT_MAX, DT_FLOOR = 1e-3, 0.1, 1e-4
 
 
@@ -47,16 +48,11 @@ def initialize_mamba1(
 ) -> None:
     """Fill one rank's conv1d, dt_proj, A_log, D and in_proj; x_proj and out_proj were filled by their own classes."""
     dt_bound = dims.dt_rank**-0.5
-    random: dict[str, Callable[[torch.Tensor], object]] = {
-        "in_proj.weight": config.init_method,
-        "conv1d_weight": lambda t: _conv_uniform(t, dims.d_conv),
-        "conv1d_bias": lambda t: _conv_uniform(t, dims.d_conv),
+    own: dict[str, Fill] = {
         "dt_proj.weight": lambda t: t.uniform_(-dt_bound, dt_bound),
         "dt_proj.bias": _inverse_softplus_of_dt,
     }
-    for name, fill in random.items():
-        if name in table:
-            _draw(parameters[name], fill, table[name], config, tp_group)
+    _draw_all(_common_fills(dims, config) | own, parameters, table, config, tp_group)
     A_log, D = parameters["A_log"], parameters["D"]
     states = torch.arange(1, dims.d_state + 1, dtype=torch.float32, device=A_log.device)
     A_log.copy_(torch.log(states).expand_as(A_log))
@@ -72,22 +68,35 @@ def initialize_mamba2(
     tp_group: dist.ProcessGroup,
 ) -> None:
     """Fill one rank's conv1d, dt_bias, A_log, D and in_proj; out_proj and the norm were filled by their own classes."""
-    random: dict[str, Callable[[torch.Tensor], object]] = {
+    own: dict[str, Fill] = {"dt_bias": _inverse_softplus_of_dt, "A_log": lambda t: t.uniform_(1, 16).log_()}
+    _draw_all(_common_fills(dims, config) | own, parameters, table, config, tp_group)
+    parameters["D"].fill_(1.0)
+
+
+def _common_fills(dims: Mamba1Config | Mamba2Config, config: TransformerConfig) -> dict[str, Fill]:
+    """What the random parameters that every mixer has are filled with."""
+    return {
         "in_proj.weight": config.init_method,
         "conv1d_weight": lambda t: _conv_uniform(t, dims.d_conv),
         "conv1d_bias": lambda t: _conv_uniform(t, dims.d_conv),
-        "dt_bias": _inverse_softplus_of_dt,
-        "A_log": lambda t: t.uniform_(1, 16).log_(),
     }
-    for name, fill in random.items():
-        if name in table:
+
+
+def _draw_all(
+    fills: Mapping[str, Fill],
+    parameters: Mapping[str, torch.Tensor],
+    table: Mapping[str, Parameter],
+    config: TransformerConfig,
+    tp_group: dist.ProcessGroup,
+) -> None:
+    for name, fill in fills.items():
+        if name in table:  # a convolution may have no bias
             _draw(parameters[name], fill, table[name], config, tp_group)
-    parameters["D"].fill_(1.0)
 
 
 def _draw(
     target: torch.Tensor,
-    fill: Callable[[torch.Tensor], object],
+    fill: Fill,
     parameter: Parameter,
     config: TransformerConfig,
     tp_group: dist.ProcessGroup,
