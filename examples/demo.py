@@ -1,4 +1,4 @@
-"""Two trained checkpoints write text on two tensor-parallel ranks of this machine, and on one for comparison.
+"""Three trained checkpoints write text on two tensor-parallel ranks of this machine, and on one for comparison.
 
 `make demo` runs it. On a machine with two GPUs the ranks use them, over NCCL; otherwise the CPU, over gloo.
 """
@@ -14,7 +14,7 @@ import torch
 
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 PROMPTS = ["And God said unto Moses,", "Then Jesus answered and said", "The words of the wise"]
-NAMES = ["mamba-kjv-2.7m", "falcon-mamba-kjv-2.7m"]
+NAMES = ["mamba-kjv-2.7m", "falcon-mamba-kjv-2.7m", "zamba2-kjv-2.9m"]
 TORCHRUN = ["torchrun", "--nproc-per-node", "2", "-m", "megatron_ssm_tp"]
 # Two ranks want two GPUs, or none.
 ENVIRONMENT = os.environ | ({} if torch.cuda.device_count() >= 2 else {"CUDA_VISIBLE_DEVICES": ""})

@@ -10,7 +10,7 @@ from jobs import groups, llm
 from megatron_ssm_tp import SamplingParams
 from megatron_ssm_tp.compat.cpu import megatron_on_cpu
 
-Sent = tuple[str, tuple[int, ...]]  # a collective's name, and its tensor's shape
+Sent = tuple[str, tuple[int, ...], int]  # a collective's name, its tensor's shape, and how many ranks take part
 
 
 @contextmanager
@@ -30,7 +30,7 @@ def collectives_recorded(group: torch.distributed.ProcessGroup) -> Iterator[list
             while tensors and isinstance(tensors[0], list):
                 tensors = tensors[0]
             shape = next((tuple(t.shape) for t in tensors if isinstance(t, torch.Tensor)), ())
-            sent.append((name, shape))
+            sent.append((name, shape, self.size()))
             return saved[name](self, *args, **kwargs)
 
         return call
@@ -92,4 +92,4 @@ def collectives_of_megatrons_mappings() -> list[str]:
         mappings.reduce_scatter_to_sequence_parallel_region(x, group=group)
         mappings.reduce_from_tensor_model_parallel_region(x, group=group)
         torch.distributed.broadcast(x, 0, group=group)
-    return [name for name, _ in sent]
+    return [name for name, *_ in sent]

@@ -31,10 +31,10 @@ def world() -> Iterator[Callable[[int], Ranks]]:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TinyModel]:
     """tiny(family, **options): a small Hugging Face model on disk, made once for the same options."""
-    made: dict[tuple, TinyModel] = {}
+    made: dict[str, TinyModel] = {}
 
     def get(family: str, **options) -> TinyModel:
-        key = (family, *sorted(options.items()))
+        key = repr((family, sorted(options.items())))
         if key not in made:
             made[key] = make_tiny(tmp_path_factory.mktemp(family), family, **options)
         return made[key]

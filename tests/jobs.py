@@ -220,11 +220,13 @@ def streamed(path: Path, prompt: str, params: dict) -> tuple[str, str]:
 
 def gated_norm_error(groups: int, before_gate: bool, magnitude: float, exact: bool) -> float:
     """Largest difference, relative to the largest value, between norm, gate and product over ranks and written out."""
+    from types import SimpleNamespace
+
     from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
     from torch.nn.functional import silu
 
     from megatron_ssm_tp.config import GatedNormConfig
-    from megatron_ssm_tp.layers.gated_norm import GatedRMSNorm, NormCase, normed_row_parallel
+    from megatron_ssm_tp.layers.gated_norm import GatedRMSNorm, NormCase
 
     group, d, h, g = groups_tp(), 32, 6, torch.Generator().manual_seed(3)
     y, z = torch.randn(5, 2, d, generator=g) * magnitude, torch.randn(5, 2, d, generator=g)
@@ -234,7 +236,10 @@ def gated_norm_error(groups: int, before_gate: bool, magnitude: float, exact: bo
     norm.weight.data = w[own]
     with torch.no_grad():
         if norm.case is NormCase.DEFERRED:
-            found = normed_row_parallel(norm, y[..., own], z[..., own], weight[:, own], False)
+            config = SimpleNamespace(gradient_accumulation_fusion=False)
+            out_proj = SimpleNamespace(weight=weight[:, own], config=config)
+            packed = norm.packed_product(y[..., own], z[..., own], out_proj)
+            found = norm.unpack(reduce_from_tensor_model_parallel_region(packed, group=group))
         else:
             found = reduce_from_tensor_model_parallel_region(
                 norm(y[..., own], z[..., own]) @ weight[:, own].T, group=group
@@ -282,7 +287,7 @@ def shared_rows_after_initialization(groups_count: int) -> list[np.ndarray]:
 
     from megatron_ssm_tp.config import Mamba2Config
     from megatron_ssm_tp.layers import initialization
-    from megatron_ssm_tp.partition.layout import mamba2_parameters
+    from megatron_ssm_tp.partition.parameters import mamba2_parameters
 
     group, dims = groups_tp(), Mamba2Config(8, 4, groups_count, 5, 4, None)
     table = mamba2_parameters(dims, 12)

@@ -66,7 +66,7 @@ class NumberTokenizer:
         return [len(self.detokenize(ids[:i])) + (i > 0) for i in range(len(ids))]
 
 
-def train_from_spec(name: str, steps: int, mamba_groups: int = 1) -> list[float]:
+def train_from_spec(name: str, steps: int, mamba_groups: int = 1, pattern: str = "MM") -> list[float]:
     """Losses of a model built as Megatron's launch scripts build it: `--spec megatron_ssm_tp.layers.specs NAME`."""
     from megatron.core.models.hybrid.hybrid_model import HybridModel
     from megatron.core.transformer import TransformerConfig
@@ -76,9 +76,10 @@ def train_from_spec(name: str, steps: int, mamba_groups: int = 1) -> list[float]
     with megatron_on_cpu():
         torch.manual_seed(0)
         config = TransformerConfig(
-            num_layers=2,
+            num_layers=len(pattern),
             hidden_size=40,
             num_attention_heads=4,
+            num_query_groups=2,  # shared at 4 ranks
             mamba_state_dim=8,
             mamba_head_dim=10,
             mamba_num_groups=mamba_groups,
@@ -94,7 +95,7 @@ def train_from_spec(name: str, steps: int, mamba_groups: int = 1) -> list[float]
             hybrid_stack_spec=import_module(["megatron_ssm_tp.layers.specs", name]),
             vocab_size=64,
             max_sequence_length=64,
-            hybrid_layer_pattern="MM",
+            hybrid_layer_pattern=pattern,
             share_embeddings_and_output_weights=True,
             pg_collection=pg,
         )

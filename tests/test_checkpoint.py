@@ -37,8 +37,7 @@ def edit_tensors(path: Path, change) -> None:
 
 
 def read_config(raw: dict) -> ModelConfig:
-    family = find_family(raw)
-    return family.read_config(family, raw)
+    return find_family(raw).config(raw)
 
 
 # Formats
@@ -94,7 +93,8 @@ def test_loading_holds_one_share_and_one_tensor(tmp_path, suffix):
     (tmp_path / "config.json").write_text(json.dumps(config))
     parsed = read_config(config)
     family = find_family(config)
-    tensors = {family.file_name(name): torch.randn(p.shape) for name, p in model_parameters(parsed).items()}
+    table = model_parameters(parsed)
+    tensors = {family.find(name, parsed).names[0]: torch.randn(p.shape) for name, p in table.items()}
     if suffix == "bin":
         torch.save(tensors, tmp_path / "pytorch_model.bin")
     else:

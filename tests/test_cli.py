@@ -103,7 +103,7 @@ def truncated(path: Path) -> Path:
 
 
 def of_another_type(path: Path) -> Path:
-    config = json.loads((path / "config.json").read_text()) | {"model_type": "jamba"}
+    config = json.loads((path / "config.json").read_text()) | {"model_type": "rwkv"}
     (path / "config.json").write_text(json.dumps(config))
     return path
 
@@ -134,7 +134,11 @@ def crowded(path: Path) -> Path:
     ("damage", "options", "message"),
     [
         (None, ["--tensor-model-parallel-size", 4], "--tensor-model-parallel-size=4: is not the world size; legal: 2"),
-        (of_another_type, [], "model_type='jamba': is not a supported family; legal: mamba, falcon_mamba, mamba2"),
+        (
+            of_another_type,
+            [],
+            "model_type='rwkv': is not a supported family; legal: mamba, falcon_mamba, mamba2, zamba",
+        ),
         (truncated, [], "model.safetensors': cannot be read"),
         (misshapen, [], "has shape [47, 480]; legal: [31, 480], from config.json"),
         (without_tokenizer, [], "has no tokenizer.json, so text cannot be read"),
@@ -240,7 +244,10 @@ def test_plan_says_what_goes_where():
     assert "backbone.layers.*.mixer.in_proj.weight  [960, 240]  cut by rows" in answer.stdout
     assert "rank 1  [480, 240]  x 240:480, z 720:960" in answer.stdout
     assert "rank 1  [766, 240]  766:1531, 1 of padding" in answer.stdout
-    assert "all-reduces a layer: 2, of 47 (x_proj) and 240 (out_proj) values a token" in answer.stdout
+    sent = (
+        "SSM layer (x 5): 2 all-reduces, 574 bytes a token: 47 values (x_proj, 2 ranks), 240 values (out_proj, 2 ranks)"
+    )
+    assert sent in answer.stdout
 
 
 def test_plan_counts_the_bytes_that_are_loaded():
@@ -263,3 +270,24 @@ def test_doctor_names_versions():
     answer = run("doctor")
     assert answer.returncode == 0
     assert torch.__version__.split("+")[0] in answer.stdout and "megatron-core" in answer.stdout
+
+
+def test_plan_explains_what_ranks_share(tmp_path):
+    """Two heads of keys, groups and mamba heads on four ranks, and what each kind of layer sends."""
+    from models import make_tiny
+
+    def plan(family: str) -> str:
+        path = make_tiny(tmp_path / family, family).path
+        return run("plan", "--load", path, "--tensor-model-parallel-size", 4).stdout
+
+    nemotron = plan("nemotron_h")
+    assert "layers: 2 SSM, 1 attention, 1 MLP; attention of 8 heads of 7" in nemotron
+    assert "2 of keys and values, each kept by 2 ranks" in nemotron
+    assert "rank 3  [28, 40]  q 42:56, k 7:14 (shared), v 7:14 (shared)" in nemotron
+    assert "attention layer (x 1): 1 all-reduce, 160 bytes a token: 40 values (attention out_proj, 4 ranks)" in nemotron
+    assert "1 values (norm, 2 ranks)" in nemotron
+    zamba = plan("zamba")
+    assert "2 mamba heads, d_inner 88" in zamba and "3 calls of 1 shared blocks" in zamba
+    assert "rank 1  [44, 44]  x 44:87:2, z 45:88:2" in zamba  # interleaved in the file
+    assert "13 values (x_proj, 2 ranks)" in zamba and "shared block and SSM layer (x 3): 4 all-reduces" in zamba
+    assert "bytes of keys and values for each of its tokens" in zamba

@@ -33,7 +33,7 @@ def test_eight_prompts_in_four_slots_with_chunked_prefill(world, tiny, family, t
 
 
 @TP
-@pytest.mark.parametrize("name", ["mamba-kjv-2.7m", "falcon-mamba-kjv-2.7m"])
+@pytest.mark.parametrize("name", ["mamba-kjv-2.7m", "falcon-mamba-kjv-2.7m", "zamba2-kjv-2.9m"])
 def test_trained_checkpoints_write_what_hugging_face_writes(world, name, tp):
     path = CHECKPOINTS / name
     hf, tokenizer = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), AutoTokenizer.from_pretrained(path)

@@ -42,13 +42,16 @@ def test_static_engine(world, tiny, family, tp):
         assert answers == expected
 
 
-@pytest.mark.parametrize("name", ["mamba", "falcon_mamba", "mamba2"])
-def test_specs_build_and_train_alike_at_every_tp(world, name):
+@pytest.mark.parametrize(
+    ("name", "pattern"),
+    [("mamba", "MM"), ("falcon_mamba", "MM"), ("mamba2", "MM"), ("mamba2", "M*-M"), ("mamba", "M-*")],
+)
+def test_specs_build_and_train_alike_at_every_tp(world, name, pattern):
     """Initial values do not depend on the number of ranks, so neither do the losses."""
-    [reference] = world(1).run(megatron_jobs.train_from_spec, name, 12)
+    [reference] = world(1).run(megatron_jobs.train_from_spec, name, 12, pattern=pattern)
     assert reference[-1] < 0.7 * reference[0]
     for tp in (2, 4):
-        for losses in world(tp).run(megatron_jobs.train_from_spec, name, 12):
+        for losses in world(tp).run(megatron_jobs.train_from_spec, name, 12, pattern=pattern):
             np.testing.assert_allclose(losses, reference, rtol=2e-3)
 
 

@@ -4,16 +4,16 @@ import jobs
 import numpy as np
 import pytest
 import torch
+from models import as_stored_in
 
 from megatron_ssm_tp.checkpoint.loader import open_model
 from megatron_ssm_tp.partition.apply import merge
 
-TP = pytest.mark.parametrize("tp", [1, 2, 4], ids=lambda tp: f"TP{tp}")
 FAMILY = pytest.mark.parametrize("family", ["mamba", "falcon_mamba"])
 TIED = pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 
 
-@TP
+@pytest.mark.parametrize("tp", [1, 2, 4, 8], ids=lambda tp: f"TP{tp}")
 @FAMILY
 @TIED
 def test_logits(world, tiny, family, tied, tp):
@@ -75,7 +75,7 @@ def test_gradients(world, tiny, family, tied, tp, options):
         plan, axis = source.parameter.plan(tp), source.parameter.axis
         shards = [torch.from_numpy(rank[name]) for rank in ranks]
         whole = [merge(shards, axis, plan)] if plan else shards
-        reference = expected[source.file_name]
+        reference = as_stored_in(source, expected)
         for found in whole:
             error = (found - reference).abs().max() / reference.abs().max()
             assert error < 1e-4, name

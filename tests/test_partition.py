@@ -1,5 +1,7 @@
 """Partition arithmetic by its properties: any bands, any legal numbers of ranks, a distinct value in every element."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,6 +19,8 @@ RANKS = range(1, 13)
 def bands(draw: st.DrawFn, index: int) -> Band:
     atom, units = draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 3, 4, 6, 8, 12]))
     uneven = draw(st.sampled_from(Uneven))
+    if uneven is Uneven.REFUSE and draw(st.booleans()):
+        return Band(f"band{index}", atom * units, sections=units)
     return Band(f"band{index}", atom * units, units if draw(st.booleans()) else None, uneven)
 
 
@@ -25,7 +29,7 @@ def packings(draw: st.DrawFn) -> Packing:
     if draw(st.booleans()):
         band = draw(bands(0))
         count = draw(st.integers(1, 3))
-        return Packing(tuple(Band(f"b{i}", band.size, band.units, band.uneven) for i in range(count)), interleaved=True)
+        return Packing(tuple(replace(band, name=f"b{i}") for i in range(count)), interleaved=True)
     return Packing(tuple(draw(bands(index)) for index in range(draw(st.integers(1, 4)))))
 
 
@@ -159,3 +163,22 @@ def test_the_plan_modules_need_no_torch():
         "assert 'torch' not in sys.modules and 'megatron' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4, 8, 3, 6])
+def test_sections_are_whole_on_a_rank_or_in_one_piece(tp):
+    """Zamba's two heads of 12 channels: no rank may hold parts of both unless it holds both."""
+    band = Band("d_inner", 24, sections=2)
+    if not band.allows(tp):
+        assert tp == 3
+        return
+    for rank in range(tp):
+        start, stop = band.range_of(rank, tp)
+        assert (start // 12 == (stop - 1) // 12) or (start, stop) == (0, 24)
+
+
+def test_a_size_that_would_halve_sections_is_refused():
+    with pytest.raises(
+        UserError, match=r"=3: neither divides the 2 sections of d_inner nor is a multiple of them; legal"
+    ):
+        check_tp([Packing((Band("x", 24, dimension="d_inner", sections=2),))], 3)

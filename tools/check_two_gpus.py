@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 CHECKPOINTS = Path(__file__).parent.parent / "examples" / "checkpoints"
-NAMES = ("mamba-kjv-2.7m", "falcon-mamba-kjv-2.7m")
+NAMES = ("mamba-kjv-2.7m", "falcon-mamba-kjv-2.7m", "zamba2-kjv-2.9m")
 PROMPTS = (
     "And God said unto Moses,",
     "Then Jesus answered and said",

@@ -1,9 +1,9 @@
 """Train the small checkpoints of examples/checkpoints/ from one plain-text file.
 
-The models are Hugging Face `MambaForCausalLM` and `FalconMambaForCausalLM`, trained and saved by transformers alone:
-nothing of megatron_ssm_tp takes part, so they are an independent reference for it. With mamba-ssm and causal-conv1d
-installed on a GPU a model takes about a minute; without them transformers falls back to a loop over time, which works
-anywhere and is slow.
+The models are Hugging Face `MambaForCausalLM`, `FalconMambaForCausalLM` and `Zamba2ForCausalLM`, trained and saved by
+transformers alone: nothing of megatron_ssm_tp takes part, so they are an independent reference for it. A model takes
+about a minute on a GPU, the first two with mamba-ssm and causal-conv1d installed: without these transformers falls back
+to plain torch, in their case a slow loop over time. The stored Zamba2 model was made in plain torch.
 
     python tools/train_demo_checkpoints.py --text kjv.txt --out examples/checkpoints
 """
@@ -14,9 +14,10 @@ import math
 import re
 import shutil
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -26,7 +27,10 @@ from transformers import (
     FalconMambaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
+    PretrainedConfig,
     PreTrainedTokenizerFast,
+    Zamba2Config,
+    Zamba2ForCausalLM,
 )
 
 END_OF_TEXT = "<|endoftext|>"
@@ -43,13 +47,37 @@ class Architecture:
     config: type
     model: type
     layers: int
+    hidden_size: int
     tied: bool
+    lr: float = 2e-3
+    options: Mapping[str, Any] = field(default_factory=dict)  # further fields of the config
 
 
 ARCHITECTURES = {
-    "mamba": Architecture("mamba-kjv-2.7m", MambaConfig, MambaForCausalLM, layers=6, tied=True),
+    "mamba": Architecture("mamba-kjv-2.7m", MambaConfig, MambaForCausalLM, layers=6, hidden_size=240, tied=True),
     "falcon_mamba": Architecture(
-        "falcon-mamba-kjv-2.7m", FalconMambaConfig, FalconMambaForCausalLM, layers=5, tied=False
+        "falcon-mamba-kjv-2.7m", FalconMambaConfig, FalconMambaForCausalLM, layers=5, hidden_size=240, tied=False
+    ),
+    "zamba2": Architecture(
+        "zamba2-kjv-2.9m",
+        Zamba2Config,
+        Zamba2ForCausalLM,
+        layers=6,
+        hidden_size=176,
+        tied=True,
+        lr=4e-3,
+        options={
+            "layers_block_type": ["linear_attention", "hybrid"] * 3,
+            "n_mamba_heads": 8,
+            "mamba_d_state": 32,
+            "chunk_size": 64,
+            "num_attention_heads": 8,
+            "intermediate_size": 352,
+            "num_mem_blocks": 2,  # the first and the third hybrid layer share one block
+            "use_shared_attention_adapter": True,
+            "adapter_rank": 8,
+            "use_mem_rope": True,
+        },
     ),
 }
 
@@ -125,23 +153,24 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
     return args.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
 
 
-def make_model(arch: Architecture, args: argparse.Namespace) -> torch.nn.Module:
-    torch.manual_seed(args.seed)
+def make_model(arch: Architecture, seed: int) -> torch.nn.Module:
+    torch.manual_seed(seed)
     config = arch.config(
         vocab_size=VOCAB_SIZE,
-        hidden_size=args.hidden_size,
+        hidden_size=arch.hidden_size,
         num_hidden_layers=arch.layers,
         tie_word_embeddings=arch.tied,
         initializer_range=0.02,
         bos_token_id=0,
         eos_token_id=0,
         pad_token_id=0,
+        **arch.options,
     )
     return arch.model(config)
 
 
 def train(model: torch.nn.Module, train_part: torch.Tensor, held_out: torch.Tensor, args: argparse.Namespace) -> None:
-    """AdamW on random windows; matrices decay, the rest (norms, biases, A_log, D) does not."""
+    """AdamW on random windows; matrices decay, the rest (norms, biases, dt_bias, A_log, D) does not."""
     decayed = [p for n, p in model.named_parameters() if p.dim() == 2 and "A_log" not in n]
     kept = [p for n, p in model.named_parameters() if p.dim() != 2 or "A_log" in n]
     groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": kept, "weight_decay": 0.0}]
@@ -177,7 +206,7 @@ English in the manner of its one source and knows nothing else.
 | data | King James Bible, plain text (public domain), Genesis to James: {train_tokens:,} tokens |
 | held out | 1 Peter to Revelation: {held_tokens:,} tokens |
 | tokenizer | byte-level BPE, {vocab_size} entries, trained on the training part |
-| size | {layers} layers, hidden {hidden_size}, d_inner {d_inner}, embeddings {tied} |
+| size | {layers} layers{hybrid}, hidden {hidden_size}, d_inner {d_inner}, embeddings {tied} |
 | training | {steps} steps of {batch_size} x {seq_len} tokens ({epochs:.0f} epochs) |
 | optimizer | AdamW, peak rate {lr}, weight decay {weight_decay} |
 | held-out loss, stored bfloat16 weights | {held_loss:.3f} nats a token ({bits:.3f} bits a byte), windows of {seq_len} |
@@ -189,6 +218,12 @@ Sample, temperature 0.7, after "{prompt}":
 
 > {sample}
 """
+
+
+def mixer_width(config: PretrainedConfig) -> int:
+    """d_inner; not intermediate_size, which in Zamba2 is the width of the MLP."""
+    expand = config.mamba_expand if config.model_type == "zamba2" else config.expand
+    return int(expand * config.hidden_size)
 
 
 def sample_text(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, seed: int) -> str:
@@ -218,15 +253,18 @@ def save(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, folder: Pat
 
 def train_one(name: str, texts: tuple[list[str], list[str]], args: argparse.Namespace) -> None:
     arch = ARCHITECTURES[name]
+    args = argparse.Namespace(**{**vars(args), "lr": args.lr or arch.lr})
     tokenizer = train_tokenizer(texts[0])
     train_part, held_out = (encode(tokenizer, part) for part in texts)
     device = torch.device(args.device)
     started = time.monotonic()
-    model = make_model(arch, args).to(device)
+    model = make_model(arch, args.seed).to(device)
     train(model, train_part, held_out, args)
-    model.to(torch.bfloat16).float()  # what is stored is bfloat16, so that is what is evaluated
+    for parameter in model.parameters():  # what is stored is bfloat16, so that is what is evaluated
+        parameter.data = parameter.data.to(torch.bfloat16).float()  # buffers, such as rotary frequencies, stay exact
     held_loss = evaluate(model, held_out, args.seq_len)
     held_bytes = sum(len(text.encode()) for text in texts[1])
+    hybrid = arch.options.get("layers_block_type", []).count("hybrid")
     card = CARD.format(
         **vars(args),
         name=name,
@@ -237,7 +275,9 @@ def train_one(name: str, texts: tuple[list[str], list[str]], args: argparse.Name
         held_tokens=len(held_out),
         vocab_size=VOCAB_SIZE,
         layers=arch.layers,
-        d_inner=model.config.intermediate_size,
+        hybrid=f", {hybrid} of them hybrid on {model.config.num_mem_blocks} shared blocks" if hybrid else "",
+        hidden_size=arch.hidden_size,
+        d_inner=mixer_width(model.config),
         tied="tied" if arch.tied else "untied",
         epochs=args.steps * args.batch_size * args.seq_len / len(train_part),
         held_loss=held_loss,
@@ -259,8 +299,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=512)
-    parser.add_argument("--hidden-size", type=int, default=240)
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--lr", type=float, help="peak learning rate; by default the architecture's own")
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--eval-every", type=int, default=75)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,222 +1,234 @@
 """One frozen row a family: how its config.json is read and where its tensors are.
 
-Adding a family that an existing mixer can run is adding a row. Traps of real checkpoints are data here, each with a
-test in tests/test_checkpoint.py.
+Adding a family that the existing layers can run is adding a row. Traps of real checkpoints are data here, each with a
+test in tests/test_checkpoint.py or tests/test_hybrids.py.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from ..config import GatedNormConfig, Mamba1Config, Mamba2Config, ModelConfig
+from ..config import Layer, Mamba1Config, ModelConfig
 from ..errors import UserError
-from ..partition.layout import Parameter, model_parameters
-from .fields import check_activation, dt_limit, dt_rank, expanded, get, read_dtype, read_token_ids
+from ..partition.layout import block_prefix, layer_prefix, model_parameters
+from ..partition.parameters import Parameter
+from .hybrids import read_falcon_h1, read_nemotron_h, read_zamba, read_zamba2
+from .names import HeadsFirst, Rules, Stored, attention_rules, gated_mlp_rules, mixer_rules, stored
+from .pure_ssm import read_hf_mamba1, read_hf_mamba2, read_state_spaces
 
-# ours -> theirs, less the prefixes; the same for all families whose code goes back to state-spaces'
-_MODEL_NAMES = {
-    "embedding.word_embeddings.weight": "backbone.embeddings.weight",
-    "decoder.final_norm.weight": "backbone.norm_f.weight",
-    "output_layer.weight": "lm_head.weight",
-}
-_LAYER_NAMES = {
-    "norm.weight": "norm.weight",
-    "mixer.conv1d_weight": "mixer.conv1d.weight",
-    "mixer.conv1d_bias": "mixer.conv1d.bias",
-}
+_LAYER = re.compile(rf"{re.escape(layer_prefix(0)).replace('0', r'(\d+)')}(.+)")
+_BLOCK = re.compile(rf"{re.escape(block_prefix(0)).replace('0', r'(\d+)')}(.+)")
 
 
 @dataclass(frozen=True)
 class Family:
     """A row of the table.
 
-    `model_names` maps our whole-model names to the file's, `layer_names` our names inside a layer to those behind
-    `layer_prefix`; a name that is not listed is the same on both sides. `aliases` are other names under which the same
-    tensor is found (file's name -> the other). `read_config` turns config.json into a ModelConfig. `bcdt_norms` says
-    whether dt, B and C pass RMS norms without weight.
+    `read_config` turns the family's name and config.json into a ModelConfig. Rules (see `names`) say where parameters
+    are: of the whole model, of layers by kind, and of shared blocks. In them {layer} is the file's number of a layer,
+    of which `layers_each` of ours make one; {home} is the layer under which a shared block is stored, the first that
+    calls it, and {call} counts the calls. `aliases` are other beginnings of the same names; what matches `ignored` may
+    be in a file and is not read.
     """
 
     name: str
     model_types: tuple[str, ...]
-    read_config: Callable[["Family", Mapping[str, Any]], ModelConfig]
-    model_names: Mapping[str, str]
-    layer_names: Mapping[str, str]
-    layer_prefix: str
-    aliases: Mapping[str, str]
-    bcdt_norms: bool = False
+    read_config: Callable[[str, Mapping[str, Any]], ModelConfig]
+    model_rules: Rules
+    layer_rules: Mapping[Layer, Rules]
+    layers_each: int = 1
+    block_rules: Rules | None = None
+    aliases: tuple[tuple[str, str], ...] = ()
+    ignored: str = r"rotary_emb\.inv_freq$"
 
-    def file_name(self, ours: str) -> str:
-        """The file's name of our parameter `ours`."""
-        if not ours.startswith("decoder.layers."):
-            return self.model_names[ours]
-        layer, inner = ours.removeprefix("decoder.layers.").split(".", 1)
-        return f"{self.layer_prefix.format(layer=layer)}{self.layer_names.get(inner, inner)}"
+    def config(self, raw: Mapping[str, Any]) -> ModelConfig:
+        """The model of this config.json.
 
-    def tensors(self, config: ModelConfig) -> dict[str, tuple[str, Parameter]]:
-        """Every parameter of the model: our name -> (the file's name, its shape and cut)."""
-        return {name: (self.file_name(name), parameter) for name, parameter in model_parameters(config).items()}
+        Raises:
+            UserError: a field that is missing, wrong, or asks for what is not implemented.
+        """
+        return self.read_config(self.name, raw)
 
-    def optional_names(self, config: ModelConfig) -> set[str]:
-        """File names that may be present without being read: the head of a tied model is the embedding again."""
-        return {self.model_names["output_layer.weight"]} if config.tied_embeddings else set()
+    def find(self, ours: str, config: ModelConfig) -> Stored:
+        """Where our parameter `ours` is in the file."""
+        heads = config.mixer.n_heads if isinstance(config.mixer, Mamba1Config) else 1
+        callers = [index for index, kind in enumerate(config.layers) if kind is Layer.SHARED]
+        if match := _BLOCK.fullmatch(ours):
+            return stored(self.block_rules, match[2], home=callers[int(match[1])])
+        if match := _LAYER.fullmatch(ours):
+            layer = int(match[1])
+            places = {"layer": layer // self.layers_each}
+            if layer in callers:
+                call = callers.index(layer)
+                places |= {"call": call, "home": callers[call % config.shared.count]}
+            return stored(self.layer_rules[config.layers[layer]], match[2], heads, **places)
+        return stored(self.model_rules, ours)
 
+    def tensors(self, config: ModelConfig) -> dict[str, tuple[Stored, Parameter]]:
+        """Every parameter of the model: our name -> (where it is in the file, its shape and cut)."""
+        return {name: (self.find(name, config), parameter) for name, parameter in model_parameters(config).items()}
 
-def _read_hf_mamba1(family: Family, raw: Mapping[str, Any]) -> ModelConfig:
-    """HF MambaConfig and FalconMambaConfig. Defaults are those of the HF classes."""
-    check_activation(raw)
-    hidden = get(raw, "hidden_size", int)
-    # falcon-mamba-7b says expand 16 beside intermediate_size 8192 = 2 x hidden: the latter is what the tensors have.
-    d_inner = get(raw, "intermediate_size", int, None) or expanded(raw, hidden)
-    return ModelConfig(
-        family=family.name,
-        vocab_size=get(raw, "vocab_size", int),
-        hidden_size=hidden,
-        num_layers=get(raw, "num_hidden_layers", int, None) or get(raw, "n_layer", int),
-        norm_eps=get(raw, "layer_norm_epsilon", float, 1e-5),
-        tied_embeddings=get(raw, "tie_word_embeddings", bool, True),
-        residual_in_fp32=get(raw, "residual_in_fp32", bool, True),
-        dtype=read_dtype(raw),
-        mixer=Mamba1Config(
-            d_inner=d_inner,
-            d_state=get(raw, "state_size", int, 16),
-            d_conv=get(raw, "conv_kernel", int, 4),
-            dt_rank=dt_rank(raw, "time_step_rank", hidden),
-            proj_bias=get(raw, "use_bias", bool, False),
-            conv_bias=get(raw, "use_conv_bias", bool, True),
-            bcdt_norm_eps=get(raw, "mixer_rms_eps", float, 1e-6) if family.bcdt_norms else None,
-        ),
-        eos_token_ids=read_token_ids(raw, "eos_token_id"),
-        bos_token_id=next(iter(read_token_ids(raw, "bos_token_id")), None),
-    )
+    def may_hold(self, name: str, config: ModelConfig) -> bool:
+        """Whether a file may have this name though nothing is read from it: the head of a tied model, say."""
+        heads = self.find("output_layer.weight", config).names if config.tied_embeddings else ()
+        return name in heads or re.search(self.ignored, name) is not None
 
 
-def _state_spaces_mamba1(ssm: Mapping[str, Any], hidden: int) -> Mamba1Config:
-    """ssm_cfg of mamba_ssm's Mamba; defaults are its."""
-    return Mamba1Config(
-        d_inner=expanded(ssm, hidden),
-        d_state=get(ssm, "d_state", int, 16),
-        d_conv=get(ssm, "d_conv", int, 4),
-        dt_rank=dt_rank(ssm, "dt_rank", hidden),
-        proj_bias=get(ssm, "bias", bool, False),
-        conv_bias=get(ssm, "conv_bias", bool, True),
-    )
-
-
-def _state_spaces_mamba2(ssm: Mapping[str, Any], hidden: int) -> Mamba2Config:
-    """ssm_cfg of mamba_ssm's Mamba2; defaults are its. It norms by group, where HF norms over the full width."""
-    for field in ("d_ssm", "D_has_hdim"):
-        if ssm.get(field):
-            raise UserError(f"config.json ssm_cfg.{field}", ssm[field], "is not implemented", "null or false")
-    head_dim, groups, d_inner = get(ssm, "headdim", int, 64), get(ssm, "ngroups", int, 1), expanded(ssm, hidden)
-    if d_inner % head_dim:
-        raise UserError("config.json ssm_cfg.headdim", head_dim, "does not divide d_inner", f"a divisor of {d_inner}")
-    norm = GatedNormConfig(1e-5, groups, before_gate=get(ssm, "norm_before_gate", bool, False))
-    return Mamba2Config(
-        n_heads=d_inner // head_dim,
-        head_dim=head_dim,
-        n_groups=groups,
-        d_state=get(ssm, "d_state", int, 128),
-        d_conv=get(ssm, "d_conv", int, 4),
-        norm=norm if get(ssm, "rmsnorm", bool, True) else None,
-        proj_bias=get(ssm, "bias", bool, False),
-        conv_bias=get(ssm, "conv_bias", bool, True),
-        dt_limit=dt_limit(ssm, "dt_limit"),
-    )
-
-
-_STATE_SPACES_MIXERS = {"Mamba1": _state_spaces_mamba1, "Mamba2": _state_spaces_mamba2}
-
-
-def _read_state_spaces(family: Family, raw: Mapping[str, Any]) -> ModelConfig:
-    """The original mamba-ssm MambaConfig, of Mamba or Mamba2 layers: no model_type, weights in pytorch_model.bin.
-
-    Embedding rows are padded to a multiple. HF's conversion of the same files calls the padded number the vocabulary,
-    and so does this: 50277 to 50279 are no tokens of GPT-NeoX's, but may be sampled in either.
-    """
-    ssm = get(raw, "ssm_cfg", dict, {})
-    layer = get(ssm, "layer", str, "Mamba1")
-    if layer not in _STATE_SPACES_MIXERS:
-        raise UserError("config.json ssm_cfg.layer", layer, "is not implemented", ", ".join(_STATE_SPACES_MIXERS))
-    for field in ("attn_layer_idx", "attn_cfg"):
-        if raw.get(field):
-            raise UserError(f"config.json {field}", raw[field], "is not implemented", "empty")
-    if not get(raw, "rms_norm", bool, True):
-        raise UserError("config.json rms_norm", False, "is not implemented", "true")
-    hidden = get(raw, "d_model", int)
-    multiple = get(raw, "pad_vocab_size_multiple", int, 8)
-    return ModelConfig(
-        family=family.name,
-        vocab_size=-(-get(raw, "vocab_size", int) // multiple) * multiple,
-        hidden_size=hidden,
-        num_layers=get(raw, "n_layer", int),
-        norm_eps=1e-5,
-        tied_embeddings=get(raw, "tie_embeddings", bool, True),
-        residual_in_fp32=get(raw, "residual_in_fp32", bool, True),
-        dtype=read_dtype(raw),
-        mixer=_STATE_SPACES_MIXERS[layer](ssm, hidden),
-        eos_token_ids=(0,),  # GPT-NeoX's <|endoftext|>, the tokenizer all of them were trained with
-    )
-
-
-def _read_hf_mamba2(family: Family, raw: Mapping[str, Any]) -> ModelConfig:
-    """HF Mamba2Config. Defaults are those of the HF class.
-
-    HF norms over the full width after the gate, whatever n_groups and norm_before_gate say (mamba-ssm would norm by
-    group): Mamba-Codestral's config says norm_before_gate true and HF does not read it. HF is followed.
-    """
-    check_activation(raw)
-    heads, head_dim = get(raw, "num_heads", int, 128), get(raw, "head_dim", int, 64)
-    hidden, eps = get(raw, "hidden_size", int), get(raw, "layer_norm_epsilon", float, 1e-5)
-    if expanded(raw, hidden) != heads * head_dim:
-        legal = f"expand x hidden_size = {expanded(raw, hidden)}"
-        raise UserError("config.json num_heads x head_dim", heads * head_dim, "is not d_inner", legal)
-    return ModelConfig(
-        family=family.name,
-        vocab_size=get(raw, "vocab_size", int),
-        hidden_size=hidden,
-        num_layers=get(raw, "num_hidden_layers", int),
-        norm_eps=eps,
-        tied_embeddings=get(raw, "tie_word_embeddings", bool, False),
-        residual_in_fp32=get(raw, "residual_in_fp32", bool, True),
-        dtype=read_dtype(raw),
-        mixer=Mamba2Config(
-            n_heads=heads,
-            head_dim=head_dim,
-            n_groups=get(raw, "n_groups", int, 8),
-            d_state=get(raw, "state_size", int, 128),
-            d_conv=get(raw, "conv_kernel", int, 4),
-            norm=GatedNormConfig(eps),
-            proj_bias=get(raw, "use_bias", bool, False),
-            conv_bias=get(raw, "use_conv_bias", bool, True),
-            dt_limit=dt_limit(raw, "time_step_limit"),
-        ),
-        eos_token_ids=read_token_ids(raw, "eos_token_id"),
-        bos_token_id=next(iter(read_token_ids(raw, "bos_token_id")), None),
-    )
-
-
-def _state_spaces_row(
-    name: str, model_types: tuple[str, ...], read_config: Callable, bcdt_norms: bool = False
-) -> Family:
+def _backbone(name: str, model_types: tuple[str, ...], read_config: Callable) -> Family:
+    """A family whose code goes back to state-spaces'."""
+    layer = "backbone.layers.{layer}."
     return Family(
         name=name,
         model_types=model_types,
         read_config=read_config,
-        model_names=_MODEL_NAMES,
-        layer_names=_LAYER_NAMES,
-        layer_prefix="backbone.layers.{layer}.",
+        model_rules={
+            "embedding.word_embeddings.": "backbone.embeddings.",
+            "decoder.final_norm.": "backbone.norm_f.",
+            "output_layer.": "lm_head.",
+        },
+        layer_rules={Layer.SSM: {"norm.": f"{layer}norm.", **mixer_rules("mixer.", f"{layer}mixer.")}},
         # the originals and HF's first uploads say "embedding"
-        aliases={"backbone.embeddings.weight": "backbone.embedding.weight"},
-        bcdt_norms=bcdt_norms,
+        aliases=(("backbone.embeddings.", "backbone.embedding."),),
     )
 
 
-FAMILIES: tuple[Family, ...] = (
-    _state_spaces_row("mamba", ("mamba",), _read_hf_mamba1),
-    _state_spaces_row("falcon_mamba", ("falcon_mamba",), _read_hf_mamba1, bcdt_norms=True),
-    _state_spaces_row("state_spaces_mamba", (), _read_state_spaces),
-    _state_spaces_row("mamba2", ("mamba2",), _read_hf_mamba2),
+_LLAMA = "model.layers.{layer}."
+_LLAMA_MODEL: Rules = {
+    "embedding.word_embeddings.": "model.embed_tokens.",
+    "decoder.final_norm.": "model.final_layernorm.",
+    "output_layer.": "lm_head.",
+}
+_LLAMA_MLP: Rules = {
+    "norm.": f"{_LLAMA}pre_ff_layernorm.",
+    **gated_mlp_rules("mixer.", f"{_LLAMA}feed_forward."),
+}
+_LLAMA_NORM: Rules = {"norm.": f"{_LLAMA}input_layernorm."}
+
+_FALCON_H1 = Family(
+    name="falcon_h1",
+    model_types=("falcon_h1",),
+    read_config=read_falcon_h1,
+    model_rules=_LLAMA_MODEL,
+    layers_each=2,
+    layer_rules={
+        Layer.PARALLEL: {
+            **_LLAMA_NORM,
+            **mixer_rules("mixer.ssm.", f"{_LLAMA}mamba."),
+            **attention_rules("mixer.attention.", f"{_LLAMA}self_attn."),
+        },
+        Layer.MLP: _LLAMA_MLP,
+    },
 )
+
+_NEMOTRON_NORM: Rules = {"norm.": f"{_LLAMA}norm."}
+_NEMOTRON_H = Family(
+    name="nemotron_h",
+    model_types=("nemotron_h",),
+    read_config=read_nemotron_h,
+    model_rules={
+        "embedding.word_embeddings.": "model.embeddings.",
+        "decoder.final_norm.": "model.norm_f.",
+        "output_layer.": "lm_head.",
+    },
+    layer_rules={
+        Layer.SSM: {**_NEMOTRON_NORM, **mixer_rules("mixer.", f"{_LLAMA}mixer.")},
+        Layer.ATTENTION: {**_NEMOTRON_NORM, **attention_rules("mixer.", f"{_LLAMA}mixer.")},
+        Layer.MLP: {
+            **_NEMOTRON_NORM,
+            "mixer.up.": f"{_LLAMA}mixer.up_proj.",
+            "mixer.down.": f"{_LLAMA}mixer.down_proj.",
+        },
+    },
+    aliases=(("model.", "backbone."),),  # as NVIDIA's own uploads say
+    ignored=r"^mtp\.|rotary_emb\.inv_freq$",  # heads for several tokens at once; HF does not read them either
+)
+
+_IN_HYBRID = f"{_LLAMA}mamba_decoder."
+
+
+def _zamba_heads(prefix: str) -> Rules:
+    """Zamba-1's mixer: what belongs to a head has a leading dimension of heads."""
+    return {
+        **mixer_rules("mixer.", prefix),
+        "mixer.x_proj.weight": HeadsFirst(f"{prefix}x_proj_weight", 1),
+        "mixer.dt_proj.weight": HeadsFirst(f"{prefix}dt_proj_weight", 0),
+        "mixer.dt_proj.bias": HeadsFirst(f"{prefix}dt_proj_bias", 0),
+        "mixer.A_log": HeadsFirst(f"{prefix}A_log", 0),
+        "mixer.D": HeadsFirst(f"{prefix}D", 0),
+    }
+
+
+def _block(prefix: str, mlp: Rules) -> Rules:
+    return {
+        "input_norm.": f"{prefix}input_layernorm.",
+        **attention_rules("attention.", f"{prefix}self_attn."),
+        "mlp_norm.": f"{prefix}pre_ff_layernorm.",
+        **mlp,
+    }
+
+
+_ZAMBA_BLOCK = "model.layers.{home}.shared_transf."
+_ZAMBA = Family(
+    name="zamba",
+    model_types=("zamba",),
+    read_config=read_zamba,
+    model_rules=_LLAMA_MODEL,
+    layer_rules={
+        Layer.SSM: {**_LLAMA_NORM, **_zamba_heads(f"{_LLAMA}mamba.")},
+        Layer.SHARED: {
+            "norm.": f"{_IN_HYBRID}input_layernorm.",
+            "linear.": f"{_LLAMA}linear.",
+            **_zamba_heads(f"{_IN_HYBRID}mamba."),
+        },
+    },
+    block_rules=_block(_ZAMBA_BLOCK, gated_mlp_rules("mlp.", f"{_ZAMBA_BLOCK}feed_forward.")),
+    ignored=r"\.shared_transf\.|rotary_emb\.inv_freq$",  # copies of the block under every layer that calls it
+)
+
+_ZAMBA2_BLOCK = "model.layers.{home}.shared_transformer."
+_ZAMBA2 = Family(
+    name="zamba2",
+    model_types=("zamba2",),
+    read_config=read_zamba2,
+    model_rules=_LLAMA_MODEL,
+    layer_rules={
+        Layer.SSM: {**_LLAMA_NORM, **mixer_rules("mixer.", f"{_LLAMA}mamba.")},
+        Layer.SHARED: {
+            "norm.": f"{_IN_HYBRID}input_layernorm.",
+            "linear.": f"{_LLAMA}linear.",
+            **mixer_rules("mixer.", f"{_IN_HYBRID}mamba."),
+            **{
+                f"adapters.{name}.{half}.": f"{_ZAMBA2_BLOCK}self_attn.linear_{name}_adapter_list.{{call}}.{index}."
+                for name in "qkv"
+                for index, half in enumerate(("down", "up"))
+            },
+            "adapters.up.down.": f"{_ZAMBA2_BLOCK}feed_forward.gate_up_proj_adapter_list.{{call}}.0.",
+            "adapters.up.up.": f"{_ZAMBA2_BLOCK}feed_forward.gate_up_proj_adapter_list.{{call}}.1.",
+        },
+    },
+    block_rules=_block(
+        _ZAMBA2_BLOCK,
+        {
+            "mlp.up.": f"{_ZAMBA2_BLOCK}feed_forward.gate_up_proj.",
+            "mlp.down.": f"{_ZAMBA2_BLOCK}feed_forward.down_proj.",
+        },
+    ),
+    ignored=r"\.shared_transformer\.|rotary_emb\.inv_freq$",
+)
+
+FAMILIES: tuple[Family, ...] = (
+    _backbone("mamba", ("mamba",), read_hf_mamba1),
+    _backbone("falcon_mamba", ("falcon_mamba",), partial(read_hf_mamba1, bcdt_norms=True)),
+    _backbone("state_spaces_mamba", (), read_state_spaces),
+    _backbone("mamba2", ("mamba2",), read_hf_mamba2),
+    _ZAMBA,
+    _ZAMBA2,
+    _FALCON_H1,
+    _NEMOTRON_H,
+)
+NEED_EXPERTS = ("jamba", "granitemoehybrid")
 
 
 def find_family(raw: Mapping[str, Any]) -> Family:
@@ -232,4 +244,5 @@ def find_family(raw: Mapping[str, Any]) -> Family:
         if model_type in family.model_types:
             return family
     known = ", ".join(name for family in FAMILIES for name in family.model_types)
-    raise UserError("config.json model_type", model_type, "is not a supported family", known)
+    problem = "needs mixture of experts" if model_type in NEED_EXPERTS else "is not a supported family"
+    raise UserError("config.json model_type", model_type, problem, known)

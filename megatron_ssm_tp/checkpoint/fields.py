@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from ..config import DTYPES
+from ..config import DTYPES, Layer, RotaryConfig
 from ..errors import UserError
 
 _REQUIRED = object()
@@ -63,10 +63,72 @@ def read_token_ids(raw: Mapping[str, Any], field: str) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def check_activation(raw: Mapping[str, Any]) -> None:
-    activation = get(raw, "hidden_act", str, "silu")
+def end_tokens(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """ModelConfig's fields of the tokens that end and begin a text."""
+    begin = next(iter(read_token_ids(raw, "bos_token_id")), None)
+    return {"eos_token_ids": read_token_ids(raw, "eos_token_id"), "bos_token_id": begin}
+
+
+def check_activation(raw: Mapping[str, Any], field: str = "hidden_act") -> None:
+    """The mixers' own activation: nothing but SiLU is found in any of them."""
+    activation = get(raw, field, str, "silu")
     if activation not in ("silu", "swish"):
-        raise UserError("config.json hidden_act", activation, "is not implemented", "silu")
+        raise UserError(f"config.json {field}", activation, "is not implemented", "silu")
+
+
+# Hugging Face's names -> those of layers.mlp.ACTIVATIONS
+_ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "relu2": "relu2",
+}
+
+
+def mlp_activation(raw: Mapping[str, Any], field: str, default: str) -> str:
+    activation = get(raw, field, str, default)
+    if activation not in _ACTIVATIONS:
+        raise UserError(f"config.json {field}", activation, "is not implemented", ", ".join(_ACTIVATIONS))
+    return _ACTIVATIONS[activation]
+
+
+def rotary(raw: Mapping[str, Any], head_dim: int, partial: float = 1.0) -> RotaryConfig:
+    """Rotary embedding as Hugging Face reads it: `rope_parameters`, or the older fields beside `rope_scaling`."""
+    fields = dict(raw) | get(raw, "rope_scaling", dict, {}) | get(raw, "rope_parameters", dict, {})
+    kind = fields.get("rope_type") or fields.get("type") or "default"
+    if kind not in ("default", "linear"):
+        raise UserError("config.json rope_type", kind, "is not implemented", "default, linear")
+    factor = get(fields, "factor", float) if kind == "linear" else 1.0
+    dim = int(head_dim * get(fields, "partial_rotary_factor", float, partial))
+    if dim % 2 or not 0 < dim <= head_dim:
+        legal = f"an even number of channels, to {head_dim}"
+        raise UserError("config.json partial_rotary_factor", dim / head_dim, f"turns {dim} channels", legal)
+    return RotaryConfig(get(fields, "rope_theta", float, 10000.0), dim, factor)
+
+
+# Names that Hugging Face gave the kinds of layers over time
+_KINDS_OF_LAYERS = {
+    "linear_attention": Layer.SSM,
+    "mamba": Layer.SSM,
+    "full_attention": Layer.ATTENTION,
+    "attention": Layer.ATTENTION,
+    "mlp": Layer.MLP,
+    "hybrid": Layer.SHARED,
+}
+
+
+def layer_kinds(names: Any, field: str, legal: tuple[str, ...]) -> tuple[Layer, ...]:
+    """A config's list of layer types; `legal` are the ones that this family has."""
+    if not isinstance(names, list) or not names:
+        raise UserError(f"config.json {field}", names, "is not a list of layers", f"a list of {', '.join(legal)}")
+    for name in names:
+        if name == "moe":
+            raise UserError(f"config.json {field}", name, "needs mixture of experts", ", ".join(legal))
+        if name not in legal or name not in _KINDS_OF_LAYERS:
+            raise UserError(f"config.json {field}", name, "is not a kind of layer", ", ".join(legal))
+    return tuple(_KINDS_OF_LAYERS[name] for name in names)
 
 
 def dt_limit(raw: Mapping[str, Any], field: str) -> tuple[float, float]:

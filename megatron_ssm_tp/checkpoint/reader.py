@@ -142,6 +142,9 @@ class Checkpoint:
     def names(self) -> list[str]:
         return list(self._files)
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
     def shape(self, name: str) -> tuple[int, ...]:
         return self._files[name].shape(name)
 

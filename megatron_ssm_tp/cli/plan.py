@@ -21,5 +21,5 @@ def run(args: argparse.Namespace) -> None:
 
     model = open_model(args.load)
     check_tp_size(model.config, args.tensor_model_parallel_size)
-    for line in explain(model.config, args.tensor_model_parallel_size, lambda name: model.sources[name].file_name):
+    for line in explain(model.config, args.tensor_model_parallel_size, lambda name: model.sources[name].stored.names):
         say(line)

@@ -93,11 +93,14 @@ def _replacements() -> list[tuple[Any, str, Any]]:
         "synchronize": _nothing,
         "memory_stats": lambda *args, **kwargs: defaultdict(int),
     }
+    from megatron.core.inference.contexts import dynamic_context
+
     pinning = {name: _without_pinning(getattr(torch, name)) for name in _PINNING_FACTORIES}
     return [
         *((torch.cuda, name, value) for name, value in cuda.items()),
         *((torch, name, value) for name, value in pinning.items()),
         (torch.Tensor, "cuda", _itself),
+        (dynamic_context, "triton_append_key_value_cache", None),  # Megatron then appends by indexing
         (torch.Tensor, "pin_memory", _itself),
     ]
 

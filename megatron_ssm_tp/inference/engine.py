@@ -11,7 +11,7 @@ import torch
 from megatron.core.inference.config import InferenceConfig
 from megatron.core.inference.contexts import DynamicInferenceContext
 from megatron.core.inference.engines import DynamicInferenceEngine
-from megatron.core.inference.inference_request import DynamicInferenceRequest, Status
+from megatron.core.inference.inference_request import DynamicInferenceRequestRecord, Status
 from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import GPTInferenceWrapper
 from megatron.core.inference.sampling_params import SamplingParams
 from megatron.core.inference.text_generation_controllers.text_generation_controller import TextGenerationController
@@ -111,8 +111,8 @@ class DynamicEngine:
             while self._engine.has_unfinished_requests():
                 with megatron_inference(), torch.inference_mode(), around_step():
                     result = self._step()
-                active = [self._engine.get_request(request_id) for request_id in self._engine.requests]
-                finished = [record[-1] for record in result["finished_request_records"]]
+                active = [_Answered(entry.record) for entry in self._engine.requests.values()]
+                finished = [_Answered(record) for record in result["finished_request_records"]]
                 self._end_early(active, requests, ids)
                 yield from self._changes(active, finished, ids)
         finally:
@@ -144,20 +144,30 @@ class DynamicEngine:
             raise RuntimeError(f"Megatron refused request {request_id}: {added.events[-1]}")
         return request_id
 
-    def _end_early(
-        self, active: list[DynamicInferenceRequest], requests: Sequence[Request], ids: dict[int, int]
-    ) -> None:
+    def _end_early(self, active: list["_Answered"], requests: Sequence[Request], ids: dict[int, int]) -> None:
         """Have Megatron end what is over: it knows one end token and matches stop words by tokens, we know more."""
         for request in active:
-            if requests[ids[request.request_id]].stop.ends(request.generated_tokens):
+            if requests[ids[request.request_id]].stop.ends(request.token_ids):
                 self._engine.stop_word_finished_request_ids.add(request.request_id)
 
     def _changes(
-        self, active: list[DynamicInferenceRequest], finished: list[DynamicInferenceRequest], ids: dict[int, int]
+        self, active: list["_Answered"], finished: list["_Answered"], ids: dict[int, int]
     ) -> Iterator[Progress]:
         for request, is_last in [*((r, False) for r in active), *((r, True) for r in finished)]:
-            count = len(request.generated_tokens)
+            count = len(request.token_ids)
             if is_last or count != self._shown.get(request.request_id, 0):
                 self._shown[request.request_id] = count
-                tokens = [int(token) for token in request.generated_tokens]
-                yield Progress(ids[request.request_id], tokens, request.generated_log_probs, is_last)
+                tokens = [int(token) for token in request.token_ids]
+                yield Progress(ids[request.request_id], tokens, request.log_probs, is_last)
+
+
+class _Answered:
+    """What a request has generated. Megatron begins it anew, with its answer so far as prompt, when it is put back for
+    want of room; the record has all of these."""
+
+    def __init__(self, record: DynamicInferenceRequestRecord) -> None:
+        parts = record.requests
+        self.request_id = record.request_id
+        self.token_ids = [token for part in parts for token in part.generated_tokens]
+        log_probs = [value for part in parts for value in part.generated_log_probs or ()]
+        self.log_probs = log_probs if parts[0].sampling_params.return_log_probs else None

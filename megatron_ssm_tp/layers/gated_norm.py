@@ -6,7 +6,8 @@ pays anyway, and scale the sum. No second all-reduce. Three cases, by the norm's
 
     local      groups % p == 0           each rank's groups are whole: norm, then out_proj
     deferred   groups == 1 < p           as above; the sums of squares ride along
-    reduced    otherwise, or on demand   the sums of squares are reduced first: exact, one small all-reduce more
+    reduced    otherwise, or on demand   the sums of squares are reduced first, one number a token among the ranks that
+                                         share a group: exact, one small all-reduce more
 
 With w the norm's weight and s = silu(z): after the gate  u = y s, out = scale(u) W (w u);  before it
 out = scale(y) W (w y s).
@@ -18,17 +19,16 @@ from enum import Enum
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from megatron.core.tensor_parallel import RowParallelLinear
 from megatron.core.tensor_parallel.mappings import _reduce as all_reduce_in_place
-from megatron.core.tensor_parallel.mappings import (
-    reduce_from_tensor_model_parallel_region,
-    reduce_scatter_to_sequence_parallel_region,
-)
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 from torch import nn
 
 from ..config import GatedNormConfig
 from ..errors import UserError
-from ..partition.layout import sum_columns
+from ..partition.reductions import sum_columns
+from .row_parallel import partial_product
+from .sharding import sharers
 
 
 class NormCase(Enum):
@@ -74,6 +74,7 @@ class GatedRMSNorm(nn.Module):
         self.config, self.tp_group = config, tp_group
         self.width = d_inner // config.groups
         self.case = norm_case(config.groups, tp_group.size(), dtype, exact)
+        self.group_ranks = sharers(tp_group, config.groups) if self.case is NormCase.REDUCED else None
         self.weight = nn.Parameter(torch.ones(d_inner // tp_group.size(), dtype=dtype, device=device))
         self.weight.tensor_model_parallel, self.weight.partition_dim, self.weight.partition_stride = True, 0, 1
 
@@ -105,11 +106,22 @@ class GatedRMSNorm(nn.Module):
         return self.weight * normed.to(y.dtype)
 
     def _reduced_mean(self, measured: torch.Tensor) -> torch.Tensor:
-        """Mean square [.., 1] of this rank's group over the ranks that share it: a slot a group, all ranks reducing."""
-        slot = self.tp_group.rank() * self.config.groups // self.tp_group.size()
-        sums = F.one_hot(torch.tensor(slot, device=measured.device), self.config.groups).float()
-        sums = measured.pow(2).sum(-1, keepdim=True) * sums
-        return _SumOverRanks.apply(sums, self.tp_group)[..., slot : slot + 1] / self.width
+        """Mean square [.., 1] of this rank's group, over the ranks that share it."""
+        return _SumOverRanks.apply(measured.pow(2).sum(-1, keepdim=True), self.group_ranks) / self.width
+
+    def packed_product(self, y: torch.Tensor, z: torch.Tensor, out_proj: RowParallelLinear) -> torch.Tensor:
+        """DEFERRED: this rank's part of the unscaled product, its sums of squares beside it: [l, b, h + columns]."""
+        value, measured = self.gated(y, z)
+        product = partial_product(out_proj, self.weight * value.to(y.dtype))
+        squares = measured.pow(2).sum(-1, keepdim=True) / self.width
+        return torch.cat([product, _pack(squares, product.dtype, self.tp_group)], dim=-1)
+
+    def unpack(self, packed: torch.Tensor) -> torch.Tensor:
+        """DEFERRED: the product [.., h] of the reduced `packed_product`."""
+        columns = sum_columns(_dtype_name(packed.dtype), self.tp_group.size())
+        product, sums = packed.split([packed.shape[-1] - columns, columns], dim=-1)
+        mean = sums.float().sum(-1, keepdim=True)
+        return (product.float() * torch.rsqrt(mean + self.config.eps)).to(packed.dtype)
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -125,32 +137,12 @@ class _SumOverRanks(torch.autograd.Function):
         return all_reduce_in_place(gradient.clone(), ctx.group), None
 
 
-def normed_row_parallel(
-    norm: GatedRMSNorm, y: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, sequence_parallel: bool
-) -> torch.Tensor:
-    """DEFERRED: norm, gate and row-parallel product in one reduction.
-
-    Args:
-        y, z: [l, b, D/p]. weight: [h, D/p] of out_proj.
-
-    Returns:
-        [l, b, h], or [l/p, b, h] under sequence parallelism, in y's dtype.
-    """
-    value, measured = norm.gated(y, z)
-    product = F.linear(norm.weight * value.to(y.dtype), weight)
-    squares = measured.pow(2).sum(-1, keepdim=True) / norm.width
-    packed = torch.cat([product, _pack(squares, product.dtype, norm.tp_group)], dim=-1)
-    reduce = (
-        reduce_scatter_to_sequence_parallel_region if sequence_parallel else reduce_from_tensor_model_parallel_region
-    )
-    packed = reduce(packed, group=norm.tp_group)
-    product, columns = packed.split([weight.shape[0], packed.shape[-1] - weight.shape[0]], dim=-1)
-    mean = columns.float().sum(-1, keepdim=True)
-    return (product.float() * torch.rsqrt(mean + norm.config.eps)).to(y.dtype)
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _pack(numbers: torch.Tensor, dtype: torch.dtype, group: dist.ProcessGroup) -> torch.Tensor:
-    """float32 numbers [.., 1] as columns of `dtype` that survive a sum over the ranks (see layout.sum_columns)."""
+    """float32 numbers [.., 1] as columns of `dtype` that survive a sum over the ranks (see reductions.sum_columns)."""
     if dtype == torch.float32:
         return numbers
     pieces, rest = [], numbers
@@ -159,5 +151,5 @@ def _pack(numbers: torch.Tensor, dtype: torch.dtype, group: dist.ProcessGroup) -
         rest = rest - piece.float()
         pieces.append(piece)
     tp, own = group.size(), torch.cat(pieces, dim=-1)
-    columns = sum_columns(str(dtype).removeprefix("torch."), tp)
+    columns = sum_columns(_dtype_name(dtype), tp)
     return F.pad(own, (3 * group.rank(), columns - 3 * (group.rank() + 1)))

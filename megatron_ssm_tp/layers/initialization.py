@@ -10,7 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from ..config import Mamba1Config, Mamba2Config
 from ..partition.apply import cut
-from ..partition.layout import Parameter
+from ..partition.parameters import Parameter
 from .sharding import sum_over_holders
 
 Fill = Callable[[torch.Tensor], object]  # fills a tensor in place
@@ -46,13 +46,14 @@ def initialize_mamba1(
     config: TransformerConfig,
     tp_group: dist.ProcessGroup,
 ) -> None:
-    """Fill one rank's conv1d, dt_proj, A_log, D and in_proj; x_proj and out_proj were filled by their own classes."""
+    """Fill one rank's conv1d, x_proj, dt_proj, A_log, D and in_proj; out_proj was filled by its own class."""
     dt_bound = dims.dt_rank**-0.5
     own: dict[str, Fill] = {
+        "x_proj.weight": config.init_method,
         "dt_proj.weight": lambda t: t.uniform_(-dt_bound, dt_bound),
         "dt_proj.bias": _inverse_softplus_of_dt,
     }
-    _draw_all(_common_fills(dims, config) | own, parameters, table, config, tp_group)
+    draw_all(_common_fills(dims, config) | own, parameters, table, config, tp_group)
     A_log, D = parameters["A_log"], parameters["D"]
     states = torch.arange(1, dims.d_state + 1, dtype=torch.float32, device=A_log.device)
     A_log.copy_(torch.log(states).expand_as(A_log))
@@ -69,7 +70,7 @@ def initialize_mamba2(
 ) -> None:
     """Fill one rank's conv1d, dt_bias, A_log, D and in_proj; out_proj and the norm were filled by their own classes."""
     own: dict[str, Fill] = {"dt_bias": _inverse_softplus_of_dt, "A_log": lambda t: t.uniform_(1, 16).log_()}
-    _draw_all(_common_fills(dims, config) | own, parameters, table, config, tp_group)
+    draw_all(_common_fills(dims, config) | own, parameters, table, config, tp_group)
     parameters["D"].fill_(1.0)
 
 
@@ -82,13 +83,15 @@ def _common_fills(dims: Mamba1Config | Mamba2Config, config: TransformerConfig) 
     }
 
 
-def _draw_all(
+@torch.no_grad()
+def draw_all(
     fills: Mapping[str, Fill],
     parameters: Mapping[str, torch.Tensor],
     table: Mapping[str, Parameter],
     config: TransformerConfig,
     tp_group: dist.ProcessGroup,
 ) -> None:
+    """Fill those parameters of one rank that `fills` names, as far as the table has them."""
     for name, fill in fills.items():
         if name in table:  # a convolution may have no bias
             _draw(parameters[name], fill, table[name], config, tp_group)
@@ -111,7 +114,8 @@ def _draw(
     with get_cuda_rng_tracker().fork():
         fill(target)
     tp, rank, bands = tp_group.size(), tp_group.rank(), parameter.packing.bands
-    for band, piece in zip(bands, target.split([band.local_size(tp) for band in bands]), strict=True):
+    pieces = target.split([band.local_size(tp) for band in bands], dim=parameter.axis)
+    for band, piece in zip(bands, pieces, strict=True):
         if band.is_shared(tp):  # the ranks drew different values: the first holder's count
             first = rank % (tp // band.atoms) == 0
             piece.copy_(sum_over_holders(piece if first else torch.zeros_like(piece), band, tp_group))

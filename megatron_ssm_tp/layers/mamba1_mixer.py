@@ -1,4 +1,4 @@
-"""The Mamba-1 mixer with tensor parallelism (arXiv 2602.21144; HF MambaMixer and FalconMambaMixer).
+"""The Mamba-1 mixer with tensor parallelism (arXiv 2602.21144; HF MambaMixer, FalconMambaMixer, ZambaMambaMixer).
 
 Shape ledger on one of p ranks, T tokens, h = hidden, D = d_inner, N = d_state, R = dt_rank:
 
@@ -9,6 +9,9 @@ Shape ledger on one of p ranks, T tokens, h = hidden, D = d_inner, N = d_state, 
     dt_proj    column-parallel   [T, R]   -> [T, D/p]                no communication
     scan       A_log, D, state   [T, D/p] -> [T, D/p]                state never crosses ranks
     out_proj   row-parallel      [T, D/p] -> [T, h]                  all-reduce 2: h values a token
+
+Zamba's mixer has H heads: runs of D / H channels with rows of x_proj, and so dt, B and C, of their own. At p <= H whole
+heads lie on ranks and x_proj reduces nothing; at p > H its reduction is among the p / H ranks that share a head.
 
 Backward mirrors it: B and C are replicated but feed rank-local channels, so their gradients are summed over the ranks
 (copy_to_tensor_model_parallel_region); dt's are summed by dt_proj's own input gradient, x's by in_proj's.
@@ -21,16 +24,19 @@ from dataclasses import dataclass
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
-from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from ..config import Mamba1Config
 from ..ops import reference as ops
-from ..partition.layout import mamba1_parameters, state_shapes
+from ..partition.layout import state_shapes
+from ..partition.parameters import mamba1_parameters
 from .initialization import filled_later, initialize_mamba1
 from .mixer import SSMMixer, Tensors
 from .norm import rms_normalize
+from .row_parallel import partial_product
+from .sharding import sharers
 
 
 @dataclass
@@ -71,59 +77,33 @@ class Mamba1Mixer(SSMMixer):
         dims = mixer_config if isinstance(mixer_config, Mamba1Config) else mixer_config(config)
         super().__init__(config, mamba1_parameters(dims, d_model), layer_number, pg_collection, pp_layer_offset)
         self.dims = dims
-        self._build_projections(submodules, d_model, name)
+        self.head_group = sharers(self.tp_group, dims.n_heads)  # those that x_proj's product is summed over
+        self.heads = max(1, dims.n_heads // self.tp_group.size())
+        self.in_proj = self.column_linear(submodules.in_proj, "in_proj", name)
+        self._build_x_and_dt(submodules, name)
+        self.out_proj = self.row_linear(submodules.out_proj, "out_proj", name)
+        # Megatron's resharding utilities read this off packed weights.
+        self.in_proj.weight.partition_sizes = [dims.d_inner // self.tp_group.size()] * 2
         self._build_parameters(self.in_proj.weight.device)
         if config.perform_initialization:
             initialize_mamba1(dict(self.named_parameters()), self.table, self.dims, config, self.tp_group)
 
-    def _build_projections(self, submodules: Mamba1MixerSubmodules, d_model: int, name: str | None) -> None:
-        dims, config = self.dims, self.config
-        whole_sequence = copy.copy(config)  # x_proj and dt_proj work on the gathered sequence
+    def _build_x_and_dt(self, submodules: Mamba1MixerSubmodules, name: str | None) -> None:
+        """x_proj and dt_proj, over the ranks that share a head; they work on the gathered sequence."""
+        if self.head_group is None and self.dims.n_heads > 1:
+            self.x_proj = _HeadsLinear(self, "x_proj.weight")
+            self.dt_proj = _HeadsLinear(self, "dt_proj.weight", "dt_proj.bias")
+            return
+        whole_sequence = copy.copy(self.config)
         whole_sequence.sequence_parallel = False
-
-        def build(child: str, rows_in: int, rows_out: int, child_config: TransformerConfig, **kwargs) -> nn.Module:
-            return build_module(
-                getattr(submodules, child),
-                rows_in,
-                rows_out,
-                config=child_config,
-                is_expert=False,
-                tp_group=self.tp_group,
-                name=None if name is None else f"{name}.{child}",
-                **kwargs,
-            )
-
-        column = {"gather_output": False, "init_method": filled_later}
-        row = {"input_is_parallel": True}
-        xz, bias = 2 * dims.d_inner, dims.proj_bias
-        bcdt = dims.dt_rank + 2 * dims.d_state
-        self.in_proj = build("in_proj", d_model, xz, config, bias=bias, skip_bias_add=False, **column)
-        self.x_proj = build(
-            "x_proj",
-            dims.d_inner,
-            bcdt,
-            whole_sequence,
-            bias=False,
-            skip_bias_add=False,
-            init_method=config.init_method,
-            **row,
-        )
+        channels = self.dims.d_inner // self.dims.n_heads
+        common = {"config": whole_sequence, "tp_group": self.head_group or self.tp_group}
+        x = {"columns": channels, "skip_bias_add": False, "init_method": filled_later}
+        self.x_proj = self.row_linear(submodules.x_proj, "x_proj", name, **x, **common)
         # dt's bias is added in float32, inside the scan
-        self.dt_proj = build(
-            "dt_proj", dims.dt_rank, dims.d_inner, whole_sequence, bias=True, skip_bias_add=True, **column
+        self.dt_proj = self.column_linear(
+            submodules.dt_proj, "dt_proj", name, rows=channels, skip_bias_add=True, **common
         )
-        self.out_proj = build(
-            "out_proj",
-            dims.d_inner,
-            d_model,
-            config,
-            bias=bias,
-            skip_bias_add=True,
-            init_method=config.output_layer_init_method,
-            **row,
-        )
-        # Megatron's resharding utilities read this off packed weights.
-        self.in_proj.weight.partition_sizes = [dims.d_inner // self.tp_group.size()] * 2
 
     def mamba_state_shapes_per_request(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return state_shapes(self.dims, self.tp_group.size())
@@ -134,13 +114,25 @@ class Mamba1Mixer(SSMMixer):
         return x, (z,)
 
     def inputs(self, convolved: torch.Tensor, around: Tensors) -> Tensors:
-        """x [.., D/p] -> x, dt before bias and softplus [.., D/p], B and C [.., N], z [.., D/p]."""
-        bcdt, _ = self.x_proj(convolved)
+        """x [.., D/p] -> x, dt before bias and softplus [.., D/p], B and C [.., N] or [.., heads here, N], z [.., D/p].
+
+        Without heads of their own, ranks hold the whole of dt, B and C after x_proj's reduction.
+        """
+        if isinstance(self.x_proj, _HeadsLinear):
+            bcdt = torch.einsum("...hd,rhd->...hr", _by_head(convolved, self.heads), self.x_proj.by_head(1))
+        else:
+            bcdt, _ = self.x_proj(convolved)
         dt, bc = bcdt.split([self.dims.dt_rank, 2 * self.dims.d_state], dim=-1)
-        B, C = copy_to_tensor_model_parallel_region(bc, group=self.tp_group).chunk(2, dim=-1)
+        if self.head_group is not None:
+            bc = copy_to_tensor_model_parallel_region(bc, group=self.head_group)
+        B, C = bc.chunk(2, dim=-1)
         if self.dims.bcdt_norm_eps is not None:
             dt, B, C = (rms_normalize(t, self.dims.bcdt_norm_eps) for t in (dt, B, C))
-        return convolved, self.dt_proj(dt)[0], B, C, *around
+        if isinstance(self.dt_proj, _HeadsLinear):
+            dt = torch.einsum("...hr,hdr->...hd", dt, self.dt_proj.by_head(0)).flatten(-2)
+        else:
+            dt = self.dt_proj(dt)[0]
+        return convolved, dt, B, C, *around
 
     def _scan_arguments(self, tokens: Tensors) -> Tensors:
         x, dt, B, C, z = tokens
@@ -157,5 +149,33 @@ class Mamba1Mixer(SSMMixer):
     def ssm_decode(self, tokens: Tensors, states: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         return ops.selective_state_step(*self._scan_arguments(tokens), states, slots)
 
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+        """As PartitionedModule's. Linears of a head have no extra state: at other TP sizes they are other modules."""
+        found = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        own = (f"{prefix}x_proj._extra_state", f"{prefix}dt_proj._extra_state") if self.dims.n_heads > 1 else ()
+        return {key: value for key, value in found.items() if key not in own}
+
     def finish(self, y: torch.Tensor, around: Tensors) -> tuple[torch.Tensor, torch.Tensor | None]:
         return self.out_proj(y)
+
+    def partial(self, y: torch.Tensor, around: Tensors) -> tuple[torch.Tensor, None]:
+        return partial_product(self.out_proj, y), None
+
+
+def _by_head(channels: torch.Tensor, heads: int) -> torch.Tensor:
+    return channels.unflatten(-1, (heads, -1))
+
+
+class _HeadsLinear(nn.Module):
+    """Weight (and bias) of a product that several heads of a rank each make for themselves: no rank needs another."""
+
+    def __init__(self, mixer: Mamba1Mixer, weight: str, bias: str | None = None) -> None:
+        super().__init__()
+        self.heads = mixer.heads
+        for attribute, name in (("weight", weight), ("bias", bias)):
+            if name:
+                setattr(self, attribute, mixer.new_parameter(name, mixer.in_proj.weight.device))
+
+    def by_head(self, axis: int) -> torch.Tensor:
+        """The weight with its axis of channels parted: [heads here, channels of one]."""
+        return self.weight.unflatten(axis, (self.heads, -1))

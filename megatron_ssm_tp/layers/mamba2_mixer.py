@@ -16,22 +16,20 @@ parameters make.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from ..config import Mamba2Config
-from ..errors import UserError
 from ..ops import ssd_reference as ops
-from ..partition.bands import Band
-from ..partition.layout import mamba2_parameters, state_shapes
-from .gated_norm import GatedRMSNorm, NormCase, normed_row_parallel
-from .initialization import filled_later, initialize_mamba2
+from ..partition.layout import state_shapes
+from ..partition.parameters import mamba2_parameters
+from .gated_norm import GatedRMSNorm, NormCase
+from .initialization import initialize_mamba2
 from .mixer import SSMMixer, Tensors
-from .sharding import sum_over_holders
+from .row_parallel import partial_product, reduce_partial
 
 
 @dataclass
@@ -71,37 +69,16 @@ class Mamba2Mixer(SSMMixer):
     ) -> None:
         dims = mixer_config if isinstance(mixer_config, Mamba2Config) else mixer_config(config)
         super().__init__(config, mamba2_parameters(dims, d_model), layer_number, pg_collection, pp_layer_offset)
-        self.dims, tp = dims, self.tp_group.size()
-        common = {"bias": dims.proj_bias, "is_expert": False, "tp_group": self.tp_group, "config": config}
-        bands = self.table["in_proj.weight"].packing.bands
-        self._sizes = [band.local_size(tp) for band in bands]
-        self.in_proj = build_module(
-            submodules.in_proj,
-            d_model,
-            tp * sum(self._sizes),
-            init_method=filled_later,
-            gather_output=False,
-            skip_bias_add=False,
-            name=None if name is None else f"{name}.in_proj",
-            **common,
-        )
-        self.in_proj.weight.partition_sizes = self._sizes  # read by Megatron's resharding utilities
-        self.out_proj = build_module(
-            submodules.out_proj,
-            dims.d_inner,
-            d_model,
-            init_method=config.output_layer_init_method,
-            input_is_parallel=True,
-            skip_bias_add=True,
-            name=None if name is None else f"{name}.out_proj",
-            **common,
-        )
+        self.dims = dims
+        self.in_proj = self.column_linear(submodules.in_proj, "in_proj", name)
+        self.out_proj = self.row_linear(submodules.out_proj, "out_proj", name)
+        self._sizes = self.in_proj.weight.partition_sizes = self.local_sizes("in_proj.weight")
         device = self.in_proj.weight.device
         self._build_parameters(device)
         self.norm = None
         if dims.norm:
             self.norm = GatedRMSNorm(dims.norm, dims.d_inner, self.tp_group, config.params_dtype, device, exact_norm)
-        self._sum_gradients_of_shared_groups()
+        self.sum_gradients_of_shared_rows()
         if config.perform_initialization:
             initialize_mamba2(dict(self.named_parameters()), self.table, dims, config, self.tp_group)
 
@@ -110,29 +87,13 @@ class Mamba2Mixer(SSMMixer):
 
     def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, Tensors]:
         """[l, b, h] -> x, B and C side by side [l, b, D/p + 2 g N], and z [l, b, D/p], dt [l, b, H/p]."""
-        z, x, B, C, dt = self.in_proj(hidden_states)[0].split(self._sizes, dim=-1)
+        if self.dims.in_multiplier != 1:
+            hidden_states = hidden_states * self.dims.in_multiplier
+        bands = self.in_proj(hidden_states)[0].split(self._sizes, dim=-1)
+        if any(multiplier != 1 for multiplier in self.dims.band_multipliers):
+            bands = [band * multiplier for band, multiplier in zip(bands, self.dims.band_multipliers, strict=True)]
+        z, x, B, C, dt = bands
         return torch.cat([x, B, C], dim=-1), (z, dt)
-
-    def _sum_gradients_of_shared_groups(self) -> None:
-        tp = self.tp_group.size()
-        for name, parameter in self.table.items():
-            bands = parameter.packing.bands if parameter.packing else ()
-            if any(band.is_shared(tp) for band in bands):
-                if self.config.gradient_accumulation_fusion:
-                    legal = f"False where {tp} ranks share {self.dims.n_groups} groups"
-                    raise UserError("gradient_accumulation_fusion", True, "goes past the sum of their gradients", legal)
-                self.get_parameter(name).register_hook(partial(self._with_shared_rows_summed, bands))
-
-    def _with_shared_rows_summed(self, bands: tuple[Band, ...], gradient: torch.Tensor) -> torch.Tensor:
-        """The gradient of one parameter, its rows of shared bands summed over the ranks that hold the same."""
-        tp = self.tp_group.size()
-        pieces = gradient.split([band.local_size(tp) for band in bands])
-        return torch.cat(
-            [
-                sum_over_holders(piece, band, self.tp_group) if band.is_shared(tp) else piece
-                for band, piece in zip(bands, pieces, strict=True)
-            ]
-        )
 
     def inputs(self, convolved: torch.Tensor, around: Tensors) -> Tensors:
         """x [.., D/p], dt [.., H/p], B and C [.., g N]."""
@@ -159,10 +120,23 @@ class Mamba2Mixer(SSMMixer):
         return ops.ssd_step(*self._scan_arguments(tokens), states, slots).flatten(-2)
 
     def finish(self, y: torch.Tensor, around: Tensors) -> tuple[torch.Tensor, torch.Tensor | None]:
-        z = around[0]
+        if not self._norm_rides:
+            return self.out_proj(self._gated(y, around[0]))
+        packed, complete = self.partial(y, around)
+        reduced = reduce_partial(packed, self.tp_group, self.config.sequence_parallel)
+        return complete(reduced), self.out_proj.bias
+
+    def partial(self, y: torch.Tensor, around: Tensors) -> tuple[torch.Tensor, Callable | None]:
+        if not self._norm_rides:
+            return partial_product(self.out_proj, self._gated(y, around[0])), None
+        return self.norm.packed_product(y, around[0], self.out_proj), self.norm.unpack
+
+    @property
+    def _norm_rides(self) -> bool:
+        """Whether the norm is finished after out_proj, with sums that travel in its reduction."""
+        return self.norm is not None and self.norm.case is NormCase.DEFERRED
+
+    def _gated(self, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         if self.norm is None:
-            return self.out_proj((y.float() * torch.nn.functional.silu(z.float())).to(y.dtype))
-        if self.norm.case is NormCase.DEFERRED:
-            sequence_parallel = self.config.sequence_parallel
-            return normed_row_parallel(self.norm, y, z, self.out_proj.weight, sequence_parallel), self.out_proj.bias
-        return self.out_proj(self.norm(y, z))
+            return (y.float() * torch.nn.functional.silu(z.float())).to(y.dtype)
+        return self.norm(y, z)

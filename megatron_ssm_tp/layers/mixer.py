@@ -8,32 +8,31 @@ are; this class says which tokens go through them, with which states:
     dynamic context        [T, ..]      one token of each decoding request, then prompts end to end, states by slot
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from megatron.core.inference.contexts import BaseInferenceContext
 from megatron.core.inference.utils import InferenceMode
+from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import deprecate_inference_params
-from torch import nn
 
 from ..errors import UserError
 from ..ops import reference as ops
-from ..partition.layout import Parameter
-from ..partition.plan import check_tp
-from .sharding import sharded_by_band
+from ..partition.parameters import Table
+from .partitioned import PartitionedModule
 
 States = tuple[torch.Tensor, torch.Tensor]
 Tensors = tuple[torch.Tensor, ...]
 
 
-class SSMMixer(MegatronModule):
+class SSMMixer(PartitionedModule):
     """Base of the mixers.
 
     Subclasses set `conv1d_weight` and `conv1d_bias` through the table of parameters, and define `project`, `inputs`,
-    `scan`, `ssm_prefill`, `ssm_decode`, `finish` and `mamba_state_shapes_per_request`.
+    `scan`, `ssm_prefill`, `ssm_decode`, `finish`, `partial` and `mamba_state_shapes_per_request`. `cache_number` is
+    the one by which contexts know this mixer's states, from 1; a stack may change it.
 
     Args:
         config: Megatron's config; params_dtype is the dtype of all parameters but those the table keeps in float32.
@@ -44,30 +43,24 @@ class SSMMixer(MegatronModule):
         UserError: the table cannot be shared by the group's ranks.
     """
 
+    cache_symbol = Symbols.MAMBA
     chunk_size = 128  # read by MambaInferenceStateConfig.from_model; only prefix caching, which is refused, acts on it
 
     def __init__(
         self,
         config: TransformerConfig,
-        table: Mapping[str, Parameter],
+        table: Table,
         layer_number: int,
         pg_collection: ProcessGroupCollection,
         pp_layer_offset: int,
     ) -> None:
-        super().__init__(config)
-        self.layer_number, self.pp_layer_offset = layer_number, pp_layer_offset
-        self.tp_group, self.table = pg_collection.tp, table
-        check_tp((parameter.packing for parameter in table.values() if parameter.packing), self.tp_group.size())
+        super().__init__(config, table, pg_collection.tp)
+        self.layer_number, self.cache_number = layer_number, layer_number - pp_layer_offset
 
     def _build_parameters(self, device: torch.device) -> None:
         """Register the table's parameters that belong to no submodule: all are cut along their first axis."""
-        tp = self.tp_group.size()
         for name in (name for name in self.table if "." not in name):
-            parameter = self.table[name]
-            dtype = torch.float32 if parameter.keep_fp32 else self.config.params_dtype
-            value = nn.Parameter(torch.zeros(parameter.local_shape(tp), device=device, dtype=dtype))
-            value.tensor_model_parallel, value.partition_dim, value.partition_stride = True, parameter.axis, 1
-            self.register_parameter(name, value)
+            self.register_parameter(name, self.new_parameter(name, device))
         if "conv1d_bias" not in self.table:
             self.register_parameter("conv1d_bias", None)
 
@@ -109,6 +102,10 @@ class SSMMixer(MegatronModule):
         """out_proj, and its bias unadded."""
         raise TypeError(f"{type(self).__name__} does not define finish")
 
+    def partial(self, y: torch.Tensor, around: Tensors) -> tuple[torch.Tensor, Callable | None]:
+        """out_proj before its reduction, and what makes the product of the reduced; None: it is the product."""
+        raise TypeError(f"{type(self).__name__} does not define partial")
+
     # Forward
 
     def forward(
@@ -123,9 +120,12 @@ class SSMMixer(MegatronModule):
 
         With an inference context b is 1 under dynamic batching (l packed tokens) and the batch under static.
         """
-        context = deprecate_inference_params(inference_context, inference_params)
         if packed_seq_params is not None:
             raise UserError("packed_seq_params", "given", "is not implemented by these mixers", "None")
+        return self.finish(*self.mix(hidden_states, deprecate_inference_params(inference_context, inference_params)))
+
+    def mix(self, hidden_states: torch.Tensor, context: BaseInferenceContext | None) -> tuple[torch.Tensor, Tensors]:
+        """All before out_proj: y [l, b, D/p], and what went around the convolution."""
         x, around = self.project(hidden_states)
         if context is None or not InferenceMode.is_active():
             y = self._dense(x, around, None)[0]
@@ -133,7 +133,7 @@ class SSMMixer(MegatronModule):
             y = self._dynamic(x, around, context)
         else:
             y = self._static(x, around, context)
-        return self.finish(y, around)
+        return y, around
 
     def conv_weights(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Taps [channels/p, K] and bias."""
@@ -149,10 +149,10 @@ class SSMMixer(MegatronModule):
     def _static(self, x: torch.Tensor, around: Tensors, context: BaseInferenceContext) -> torch.Tensor:
         cache, batch = context.key_value_memory_dict, x.shape[1]
         fresh = context.sequence_len_offset == 0
-        y, states = self._dense(x, around, None if fresh else cache[self.layer_number])
+        y, states = self._dense(x, around, None if fresh else cache[self.cache_number])
         if fresh:
-            cache[self.layer_number] = self.allocate_inference_cache(batch)
-        for kept, new in zip(cache[self.layer_number], states, strict=True):
+            cache[self.cache_number] = self.allocate_inference_cache(batch)
+        for kept, new in zip(cache[self.cache_number], states, strict=True):
             kept.copy_(new)
         return y
 
@@ -169,7 +169,7 @@ class SSMMixer(MegatronModule):
         mixed step pays no more all-reduces than a pure one.
         """
         _refuse_unsupported(context)
-        conv_states, ssm_states = context.mamba_states_cache(self.layer_number - self.pp_layer_offset)
+        conv_states, ssm_states = context.mamba_states_cache(self.cache_number)
         metadata, batch = context.mamba_metadata, context.batch_dimensions
         decodes, prefills, tokens = batch.decode_req_count, batch.prefill_req_count, batch.token_count
         decode, prefill = slice(0, decodes), slice(decodes, tokens)
@@ -191,12 +191,6 @@ class SSMMixer(MegatronModule):
         if prefills:
             y[prefill] = self.ssm_prefill(_part(inputs, prefill), ssm_states, prefill_slots, cu_seqlens)
         return y.unsqueeze(1)
-
-    # Distributed checkpoints
-
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
-        """Megatron's sharded state dict; packed tensors are stored by band (`in_proj.weight.x`), for any TP to load."""
-        return sharded_by_band(self, self.table, self.tp_group, prefix, sharded_offsets, metadata)
 
 
 def _part(tokens: Sequence[torch.Tensor], part: slice) -> Tensors:

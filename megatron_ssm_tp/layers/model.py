@@ -1,25 +1,29 @@
 """A whole language model on one rank: Megatron's HybridModel with our stack and an exact vocabulary."""
 
 import torch
+from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 
-from ..config import ModelConfig
+from ..config import AttentionConfig, Layer, ModelConfig
 from ..partition.layout import check_tp_size, padded_vocab_size
-from .specs import stack_spec
+from .specs import model_stack_spec
 
 
 class SSMModel(HybridModel):
     """HybridModel whose vocabulary is the checkpoint's, while embedding and head hold rows padded to divide by TP.
 
     Padded ids exist on no output: gathered logits [b, s, vocab_size] are cut to the real vocabulary, so they can
-    neither be sampled nor named, and the loss gives them no probability.
+    neither be sampled nor named, and the loss gives them no probability. Logits are scaled by `logits_multiplier`.
     """
 
-    def __init__(self, *args, vocab_size: int, padded_vocab_size: int, **kwargs) -> None:
+    def __init__(
+        self, *args, vocab_size: int, padded_vocab_size: int, logits_multiplier: float = 1.0, **kwargs
+    ) -> None:
         super().__init__(*args, vocab_size=padded_vocab_size, parallel_output=True, **kwargs)
         self.vocab_size = vocab_size  # what samplers and callers see
+        self.logits_multiplier = logits_multiplier
 
     def forward(self, *args, labels: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
         """As HybridModel: the loss [b, s] of `labels`, or logits; gathered logits (runtime_gather_output) are cut."""
@@ -34,17 +38,39 @@ class SSMModel(HybridModel):
         ids = torch.arange(first, first + logits.shape[-1], device=logits.device)
         return super().compute_language_model_loss(labels, logits.masked_fill(ids >= self.vocab_size, float("-inf")))
 
+    def _scale_logits(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits if self.logits_multiplier == 1 else logits * self.logits_multiplier
+
+
+# How the layers are written in Megatron's patterns: the symbol of the cache that a layer has, or of its first.
+SYMBOLS = {
+    Layer.SSM: Symbols.MAMBA,
+    Layer.ATTENTION: Symbols.ATTENTION,
+    Layer.MLP: Symbols.MLP,
+    Layer.PARALLEL: Symbols.MAMBA,
+    Layer.SHARED: Symbols.ATTENTION,
+}
+
+
+def _attention_sizes(attention: AttentionConfig | None, tp: int) -> dict[str, int]:
+    """What contexts size the cache by; without attention that of the phantom layer: one value a token and rank."""
+    if attention is None:
+        return {"num_attention_heads": tp, "num_query_groups": tp, "kv_channels": 1}
+    return {
+        "num_attention_heads": attention.n_heads,
+        "num_query_groups": max(attention.n_kv_heads, tp),  # a head that ranks share counts for each
+        "kv_channels": attention.head_dim,
+    }
+
 
 def transformer_config(
     model: ModelConfig, tp: int, dtype: torch.dtype, device: torch.device, sampling_seed: int, **overrides
 ) -> TransformerConfig:
-    """Megatron's config for `model`. The attention sizes are of the phantom layer alone: one value a token and rank."""
+    """Megatron's config for `model`."""
     settings = {
-        "num_layers": model.num_layers,
+        "num_layers": len(model.layers),
         "hidden_size": model.hidden_size,
-        "num_attention_heads": tp,
-        "num_query_groups": tp,
-        "kv_channels": 1,
+        **_attention_sizes(model.attention, tp),
         "normalization": "RMSNorm",
         "layernorm_epsilon": model.norm_eps,
         "add_bias_linear": False,
@@ -84,11 +110,12 @@ def build_model(
     check_tp_size(model, tp)
     return SSMModel(
         config=transformer_config(model, tp, dtype, device, sampling_seed, **overrides),
-        hybrid_stack_spec=stack_spec(model.mixer),
+        hybrid_stack_spec=model_stack_spec(model),
         vocab_size=model.vocab_size,
         padded_vocab_size=padded_vocab_size(model, tp),
+        logits_multiplier=model.logits_multiplier,
         max_sequence_length=max_sequence_length,
-        hybrid_layer_pattern="M" * model.num_layers,
+        hybrid_layer_pattern="".join(SYMBOLS[layer] for layer in model.layers),
         share_embeddings_and_output_weights=model.tied_embeddings,
         position_embedding_type="none",
         pg_collection=pg_collection,

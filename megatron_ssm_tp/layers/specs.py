@@ -5,25 +5,35 @@
     mamba2         Mamba-2 at any TP: d_conv 4, heads and groups by --mamba-num-heads (or 2 x hidden / head_dim),
                    --mamba-head-dim and --mamba-num-groups, gated norm by group as in Megatron's own mixer
 
-d_state is Megatron's --mamba-state-dim. Beside --spec a script needs --hybrid-layer-pattern MMM... Sizes that a preset
-does not cover come from a spec of one's own: `name = mamba1_stack_spec(Mamba1Config(...))` in any importable module.
+d_state is Megatron's --mamba-state-dim. Beside --spec a script needs --hybrid-layer-pattern MMM...; in M*M-, `*` is
+attention (without positions) and `-` an MLP, of Megatron's own options. Sizes that a preset does not cover come from a
+spec of one's own: `name = mamba1_stack_spec(Mamba1Config(...))` in any importable module.
 """
 
 import math
 
+import torch.nn.functional as F
+from megatron.core.activations import squared_relu
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.hybrid.hybrid_block import HybridStackSubmodules
-from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
+from megatron.core.ssm.mamba_layer import MambaLayerSubmodules
 from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from ..config import GatedNormConfig, Mamba1Config, Mamba2Config
+from ..config import AttentionConfig, GatedNormConfig, Layer, Mamba1Config, Mamba2Config, MLPConfig, ModelConfig
 from ..errors import UserError
+from ..partition.parameters import adapter_tables
+from .attention import Attention, AttentionSubmodules
+from .layer import MixerLayer
 from .mamba1_mixer import Mamba1Mixer, Mamba1MixerSubmodules
 from .mamba2_mixer import Mamba2Mixer, Mamba2MixerSubmodules
+from .mlp import MLP, MLPSubmodules
 from .norm import LocalRMSNorm
-from .stack import SSMStack
+from .parallel import ParallelMixer, ParallelMixerSubmodules
+from .shared_block import SharedBlock, SharedBlockLayer, SharedBlockLayerSubmodules, SharedBlockSubmodules
+from .stack import SharedBlockStack, SSMStack
 
 
 def _mamba_preset(config: TransformerConfig, bcdt_norm_eps: float | None = None) -> Mamba1Config:
@@ -54,33 +64,104 @@ def _mamba2_preset(config: TransformerConfig) -> Mamba2Config:
     )
 
 
-def mamba1_stack_spec(mixer_config) -> ModuleSpec:
-    """A stack of Mamba-1 layers; `mixer_config` as in Mamba1Mixer: dimensions, or a function of Megatron's config."""
+def _attention_preset(config: TransformerConfig) -> AttentionConfig:
+    return AttentionConfig(
+        n_heads=config.num_attention_heads,
+        n_kv_heads=config.num_query_groups,
+        head_dim=config.kv_channels,
+        d_in=config.hidden_size,
+        scale=config.softmax_scale or config.kv_channels**-0.5,
+        qkv_bias=config.add_bias_linear or config.add_qkv_bias,
+        out_bias=config.add_bias_linear,
+    )
+
+
+def _mlp_preset(config: TransformerConfig) -> MLPConfig:
+    names = {F.gelu: "gelu", F.silu: "silu", squared_relu: "relu2"}
+    if config.activation_func not in names:
+        raise UserError("activation_func", config.activation_func, "is not implemented", ", ".join(names.values()))
+    name, gated = names[config.activation_func], config.gated_linear_unit
+    return MLPConfig(config.ffn_hidden_size, name, gated, bias=config.add_bias_linear)
+
+
+def mamba1_spec(mixer_config) -> ModuleSpec:
+    """A Mamba-1 mixer; `mixer_config` as in Mamba1Mixer: dimensions, or a function of Megatron's config."""
     projections = Mamba1MixerSubmodules(
         in_proj=ColumnParallelLinear, x_proj=RowParallelLinear, dt_proj=ColumnParallelLinear, out_proj=RowParallelLinear
     )
-    return _stack_of(ModuleSpec(module=Mamba1Mixer, params={"mixer_config": mixer_config}, submodules=projections))
+    return ModuleSpec(module=Mamba1Mixer, params={"mixer_config": mixer_config}, submodules=projections)
 
 
-def _stack_of(mixer: ModuleSpec) -> ModuleSpec:
-    layer = MambaLayerSubmodules(norm=LocalRMSNorm, mixer=mixer, mamba_bda=get_bias_dropout_add)
-    return ModuleSpec(
-        module=SSMStack,
-        submodules=HybridStackSubmodules(mamba_layer=ModuleSpec(module=MambaLayer, submodules=layer)),
-    )
+def mamba2_spec(mixer_config, exact_norm: bool = False) -> ModuleSpec:
+    """A Mamba-2 mixer; `mixer_config` and `exact_norm` as in Mamba2Mixer."""
+    projections = Mamba2MixerSubmodules(in_proj=ColumnParallelLinear, out_proj=RowParallelLinear)
+    params = {"mixer_config": mixer_config, "exact_norm": exact_norm}
+    return ModuleSpec(module=Mamba2Mixer, params=params, submodules=projections)
+
+
+def attention_spec(attention_config) -> ModuleSpec:
+    """Attention; `attention_config` as in Attention."""
+    projections = AttentionSubmodules(qkv=ColumnParallelLinear, out_proj=RowParallelLinear)
+    return ModuleSpec(module=Attention, params={"attention_config": attention_config}, submodules=projections)
+
+
+def mlp_spec(mlp_config) -> ModuleSpec:
+    """An MLP; `mlp_config` as in MLP."""
+    projections = MLPSubmodules(up=ColumnParallelLinear, down=RowParallelLinear)
+    return ModuleSpec(module=MLP, params={"mlp_config": mlp_config}, submodules=projections)
+
+
+def _layer(mixer: ModuleSpec | None) -> ModuleSpec | type:
+    """x + mixer(norm(x)); None: layers of this kind cannot be built."""
+    if mixer is None:
+        return IdentityOp
+    parts = MambaLayerSubmodules(norm=LocalRMSNorm, mixer=mixer, mamba_bda=get_bias_dropout_add)
+    return ModuleSpec(module=MixerLayer, submodules=parts)
+
+
+def stack_spec(ssm: ModuleSpec, attention: ModuleSpec | None = None, mlp: ModuleSpec | None = None) -> ModuleSpec:
+    """A stack whose M, * and - layers have these mixers."""
+    layers = HybridStackSubmodules(mamba_layer=_layer(ssm), attention_layer=_layer(attention), mlp_layer=_layer(mlp))
+    return ModuleSpec(module=SSMStack, submodules=layers)
+
+
+def mamba1_stack_spec(mixer_config) -> ModuleSpec:
+    """A stack of Mamba-1 layers, with attention and MLP layers of the sizes of Megatron's config."""
+    return stack_spec(mamba1_spec(mixer_config), attention_spec(_attention_preset), mlp_spec(_mlp_preset))
 
 
 def mamba2_stack_spec(mixer_config, exact_norm: bool = False) -> ModuleSpec:
-    """A stack of Mamba-2 layers; `mixer_config` and `exact_norm` as in Mamba2Mixer."""
-    projections = Mamba2MixerSubmodules(in_proj=ColumnParallelLinear, out_proj=RowParallelLinear)
-    params = {"mixer_config": mixer_config, "exact_norm": exact_norm}
-    return _stack_of(ModuleSpec(module=Mamba2Mixer, params=params, submodules=projections))
+    """A stack of Mamba-2 layers, with attention and MLP layers of the sizes of Megatron's config."""
+    ssm = mamba2_spec(mixer_config, exact_norm)
+    return stack_spec(ssm, attention_spec(_attention_preset), mlp_spec(_mlp_preset))
 
 
-def stack_spec(mixer_config: Mamba1Config | Mamba2Config) -> ModuleSpec:
-    """The stack for these dimensions."""
-    build = mamba1_stack_spec if isinstance(mixer_config, Mamba1Config) else mamba2_stack_spec
-    return build(mixer_config)
+def model_stack_spec(model: ModelConfig) -> ModuleSpec:
+    """The stack of a checkpoint's model, its layers as `model.layers` says, in `layers.model.SYMBOLS`."""
+    ssm = mamba1_spec(model.mixer) if isinstance(model.mixer, Mamba1Config) else mamba2_spec(model.mixer)
+    attention = attention_spec(model.attention) if model.attention else None
+    mlp = mlp_spec(model.mlp) if model.mlp else None
+    if model.shared:
+        return _shared_block_stack(model, ssm, attention, mlp)
+    if Layer.PARALLEL in model.layers:
+        multipliers = {"ssm_multiplier": model.ssm_multiplier, "attention_multiplier": model.attention_multiplier}
+        ssm = ModuleSpec(ParallelMixer, params=multipliers, submodules=ParallelMixerSubmodules(ssm, attention))
+    spec = stack_spec(ssm, attention, mlp)
+    spec.params = {"embedding_multiplier": model.embedding_multiplier}
+    return spec
+
+
+def _shared_block_stack(model: ModelConfig, ssm: ModuleSpec, attention: ModuleSpec, mlp: ModuleSpec) -> ModuleSpec:
+    adapters = adapter_tables(model.shared, model.attention, model.mlp, model.hidden_size)
+    calling = SharedBlockLayerSubmodules(
+        norm=LocalRMSNorm, mixer=ssm, mamba_bda=get_bias_dropout_add, adapters=adapters
+    )
+    block = ModuleSpec(module=SharedBlock, submodules=SharedBlockSubmodules(attention, mlp))
+    layers = HybridStackSubmodules(
+        mamba_layer=_layer(ssm), attention_layer=ModuleSpec(module=SharedBlockLayer, submodules=calling)
+    )
+    params = {"count": model.shared.count, "block": block}
+    return ModuleSpec(module=SharedBlockStack, params=params, submodules=layers)
 
 
 mamba = mamba1_stack_spec(_mamba_preset)

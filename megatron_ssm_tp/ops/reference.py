@@ -65,14 +65,17 @@ def selective_scan(
     """h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t;  y_t = (C_t h_t + D x_t) silu(z_t), with dt = softplus(dt + dt_bias).
 
     Args:
-        x, dt, z: [b, l, D]. A: [D, N]. B, C: [b, l, N]. D, dt_bias: [D]. initial_state: [b, D, N]; None is zeros.
+        x, dt, z: [b, l, D]. A: [D, N]. B, C: [b, l, N], or [b, l, H, N] for H equal runs of channels. D, dt_bias: [D].
+        initial_state: [b, D, N]; None is zeros.
         lengths: int [b], how much of each row counts; the state is taken there. None is all of it.
 
     Returns:
         y [b, l, D], and the state after each row's last counted input, float32 [b, D, N].
     """
     batch, length, channels = x.shape
-    u, dt, B, C = x.float(), dt.float(), B.float(), C.float()
+    u, dt = x.float(), dt.float()
+    B, C = (t.float() if t.dim() == 4 else t.float().unsqueeze(2) for t in (B, C))
+    by_head = (B.shape[2], -1)
     step = F.softplus(dt if dt_bias is None else dt + dt_bias.float())
     if lengths is not None:
         # A step of zero leaves the state as it was: exp(0 A) = 1 and 0 B x = 0.
@@ -83,12 +86,14 @@ def selective_scan(
     for start in range(0, length, TIME_BLOCK):
         block = slice(start, start + TIME_BLOCK)
         decay = torch.exp(step[:, block, :, None] * A.float())
-        drive = (step[:, block] * u[:, block])[..., None] * B[:, block, None]
+        weighted = (step[:, block] * u[:, block]).unflatten(-1, by_head)
+        drive = (weighted[..., None] * B[:, block, :, None]).flatten(2, 3)
         states = []
         for decay_t, drive_t in zip(decay.unbind(1), drive.unbind(1), strict=True):
             state = torch.addcmul(drive_t, decay_t, state)
             states.append(state)
-        outputs.append(torch.einsum("bldn,bln->bld", torch.stack(states, dim=1), C[:, block]))
+        seen = torch.stack(states, dim=1).unflatten(2, by_head)
+        outputs.append(torch.einsum("blhdn,blhn->blhd", seen, C[:, block]).flatten(2))
     y = torch.cat(outputs, dim=1) if outputs else torch.zeros_like(u)
     if D is not None:
         y = y + u * D.float()

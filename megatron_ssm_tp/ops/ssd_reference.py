@@ -72,16 +72,17 @@ def _chunk(
 
     Each step's output is what the state before the chunk still gives, and what the chunk's earlier steps give.
     """
-    total = decay.cumsum(1)  # log of the decay from before the chunk to each step
-    between = total[:, :, None] - total[:, None]  # [b, q, q, G, r]: from step s to step t
+    # Sums of many steps, whose differences between near steps are small: float64, or the differences lose their digits.
+    total = decay.double().cumsum(1)  # log of the decay from before the chunk to each step
+    between = (total[:, :, None] - total[:, None]).float()  # [b, q, q, G, r]: from step s to step t
     q = torch.arange(u.shape[1], device=u.device)
     later = (q[:, None] >= q)[None, :, :, None, None]
     weights = torch.where(later, between, -torch.inf).exp()
     scores = torch.einsum("btgn,bsgn->btsg", C, B)
     y = torch.einsum("btsg,btsgr,bsgrp->btgrp", scores, weights, u)
-    y = y + torch.einsum("btgn,bgrpn,btgr->btgrp", C, state, total.exp())
-    to_end = (total[:, -1:] - total).exp()
-    state = state * total[:, -1].exp()[..., None, None] + torch.einsum("bsgn,bsgr,bsgrp->bgrpn", B, to_end, u)
+    y = y + torch.einsum("btgn,bgrpn,btgr->btgrp", C, state, total.exp().float())
+    to_end = (total[:, -1:] - total).exp().float()
+    state = state * total[:, -1].exp().float()[..., None, None] + torch.einsum("bsgn,bsgr,bsgrp->bgrpn", B, to_end, u)
     return y, state
 
 

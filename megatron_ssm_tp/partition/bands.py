@@ -26,7 +26,8 @@ class Uneven(Enum):
 class Band:
     """A run of `size` elements in `units` equal atoms (heads, groups) that no cut may split; None: single elements.
 
-    `dimension` is the configuration's name for the number of atoms, where that is not the band's own name.
+    `dimension` is the configuration's name for the number of atoms, where that is not the band's own name. The band is
+    `sections` equal parts, with weights of their own each: a rank holds whole ones, or a piece of one (Zamba's heads).
     """
 
     name: str
@@ -34,10 +35,13 @@ class Band:
     units: int | None = None
     uneven: Uneven = Uneven.REFUSE
     dimension: str | None = None
+    sections: int = 1
 
     def __post_init__(self) -> None:
         if self.size < 1 or self.atoms < 1 or self.size % self.atoms:
             raise ValueError(f"band {self.name}: size {self.size} is not made of {self.units} equal units")
+        if self.sections < 1 or self.size % self.sections:
+            raise ValueError(f"band {self.name}: size {self.size} is not made of {self.sections} equal sections")
 
     @property
     def atoms(self) -> int:
@@ -45,9 +49,17 @@ class Band:
 
     def allows(self, tp: int) -> bool:
         """Whether `tp` ranks can share this band."""
-        if self.uneven is Uneven.PAD or self.atoms % tp == 0:
-            return True
-        return self.uneven is Uneven.REPLICATE and tp % self.atoms == 0
+        return self.obstacle(tp) is None
+
+    def obstacle(self, tp: int) -> str | None:
+        """Why `tp` ranks cannot share this band; None if they can."""
+        what = self.dimension or self.name
+        replicated = self.uneven is Uneven.REPLICATE and tp % self.atoms == 0
+        if not (self.uneven is Uneven.PAD or self.atoms % tp == 0 or replicated):
+            return f"does not divide {what} ({self.atoms})"
+        if self.sections % tp and tp % self.sections:
+            return f"neither divides the {self.sections} sections of {what} nor is a multiple of them"
+        return None
 
     def is_shared(self, tp: int) -> bool:
         """Whether several of `tp` ranks hold the same elements."""

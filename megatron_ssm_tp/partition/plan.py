@@ -96,6 +96,5 @@ def check_tp(packings: Iterable[Packing], tp: int) -> None:
         raise UserError("tensor_model_parallel_size", tp, "is not a positive number", legal)
     for packing in packings:
         for band in packing.bands:
-            if not band.allows(tp):
-                problem = f"does not divide {band.dimension or band.name} ({band.atoms})"
+            if problem := band.obstacle(tp):
                 raise UserError("tensor_model_parallel_size", tp, problem, legal)
