@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 from transformers import (
+    BambaConfig,
+    BambaForCausalLM,
     FalconH1Config,
     FalconH1ForCausalLM,
     FalconMambaConfig,
@@ -103,6 +105,13 @@ KINDS = {
             "adapter_rank": 3,
             "use_mem_rope": True,
         },
+    ),
+    "bamba": Kind(
+        BambaConfig,
+        BambaForCausalLM,
+        ATTENTION
+        | MIXER_OF_BAMBA
+        | {"hidden_size": 40, "num_hidden_layers": 3, "attn_layer_indices": [1], "intermediate_size": 56},
     ),
     "falcon_h1": Kind(
         FalconH1Config,

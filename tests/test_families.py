@@ -17,6 +17,8 @@ ZAMBA |= {"attention_head_dim": 464, "attention_hidden_size": 7424, "intermediat
 ZAMBA2 = {"model_type": "zamba2", "hidden_size": 3584, "vocab_size": 32000, "mamba_d_state": 64, "mamba_ngroups": 2}
 ZAMBA2 |= {"n_mamba_heads": 112, "mamba_headdim": 64, "num_attention_heads": 32, "num_mem_blocks": 2}
 ZAMBA2 |= {"layers_block_type": ["mamba"] * 5 + ["hybrid", "mamba", "hybrid"], "use_mem_rope": True}
+BAMBA = {"model_type": "bamba", "hidden_size": 4096, "num_hidden_layers": 32, "vocab_size": 128256}
+BAMBA |= {"attn_layer_indices": [9, 18, 27], "mamba_d_state": 128, "mamba_d_head": 64, "rope_theta": 10000.0}
 FALCON_H1 = {"model_type": "falcon_h1", "hidden_size": 3072, "num_hidden_layers": 44, "vocab_size": 130049}
 FALCON_H1 |= {"mamba_d_ssm": 3072, "mamba_n_heads": 24, "mamba_d_head": 128, "mamba_expand": 2, "head_dim": 128}
 FALCON_H1 |= {
@@ -46,6 +48,13 @@ def test_zamba2_clamps_dt_and_turns_as_the_config_says():
     assert read_config(ZAMBA2 | {"use_mem_rope": False}).attention.rotary is None
     assert config.mlp.d_ff == 4 * 3584 and config.mlp.activation == "gelu"
     assert legal_tp_sizes(config) == [1, 2, 4, 8, 16]
+
+
+def test_bamba_turns_half_of_a_head():
+    config = read_config(BAMBA)
+    assert config.attention.rotary == RotaryConfig(10000.0, 64) and config.mixer.norm.groups == 1
+    assert config.layers[18:20] == (Layer.ATTENTION, Layer.MLP) and config.count(Layer.ATTENTION) == 3
+    assert legal_tp_sizes(config) == [1, 2, 4, 8, 16, 32]
 
 
 def test_falcon_h1s_d_inner_is_not_twice_the_hidden_size():
@@ -79,6 +88,10 @@ def test_nemotron_h_reads_patterns_and_is_never_tied():
         (ZAMBA2 | {"num_key_value_heads": 5}, "num_key_value_heads=5: does not divide num_attention_heads (32)"),
         (ZAMBA | {"n_mamba_heads": 3}, "n_mamba_heads=3: does not divide d_inner (7424)"),
         (ZAMBA | {"attention_hidden_size": 3712}, "attention_hidden_size=3712: is not 2 x hidden_size; legal: 7424"),
+        (
+            BAMBA | {"attn_layer_indices": [32]},
+            "attn_layer_indices=[32]: are not layers; legal: a list of layers, 0 to 31",
+        ),
         (
             FALCON_H1 | {"rope_parameters": {"rope_type": "yarn"}},
             "rope_type='yarn': is not implemented; legal: default",

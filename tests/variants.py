@@ -11,6 +11,8 @@ VARIANTS = {
     "zamba-biased": ("zamba", {"mamba_proj_bias": True, "mamba_conv_bias": False, "rms_norm_eps": 1e-2}),
     "zamba2": ("zamba2", {}),
     "zamba2-2-groups": ("zamba2", {**ZAMBA2_GROUPS, "add_bias_linear": True}),
+    "bamba": ("bamba", {"tied": False}),
+    "bamba-biased": ("bamba", {"mamba_proj_bias": True, "attention_bias": True, "mlp_bias": True}),
     "falcon_h1": ("falcon_h1", {"tied": False}),
     "falcon_h1-norm": ("falcon_h1", {**FALCON_NORM, "projectors_bias": True, "attention_bias": True}),
     "falcon_h1-2-groups": ("falcon_h1", {**FALCON_NORM, "mamba_norm_before_gate": False, "mamba_n_groups": 2}),
@@ -18,4 +20,4 @@ VARIANTS = {
     "nemotron_h-8-groups": ("nemotron_h", {"n_groups": 8, "use_bias": True, "mlp_bias": True}),
 }
 EVERY = pytest.mark.parametrize("variant", VARIANTS)
-ONE_EACH = pytest.mark.parametrize("variant", ["zamba", "zamba2", "falcon_h1-2-groups", "nemotron_h"])
+ONE_EACH = pytest.mark.parametrize("variant", ["zamba", "zamba2", "bamba", "falcon_h1-2-groups", "nemotron_h"])

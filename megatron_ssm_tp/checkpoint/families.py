@@ -14,7 +14,7 @@ from ..config import Layer, Mamba1Config, ModelConfig
 from ..errors import UserError
 from ..partition.layout import block_prefix, layer_prefix, model_parameters
 from ..partition.parameters import Parameter
-from .hybrids import read_falcon_h1, read_nemotron_h, read_zamba, read_zamba2
+from .hybrids import read_bamba, read_falcon_h1, read_nemotron_h, read_zamba, read_zamba2
 from .names import HeadsFirst, Rules, Stored, attention_rules, gated_mlp_rules, mixer_rules, stored
 from .pure_ssm import read_hf_mamba1, read_hf_mamba2, read_state_spaces
 
@@ -105,6 +105,19 @@ _LLAMA_MLP: Rules = {
     **gated_mlp_rules("mixer.", f"{_LLAMA}feed_forward."),
 }
 _LLAMA_NORM: Rules = {"norm.": f"{_LLAMA}input_layernorm."}
+
+_BAMBA = Family(
+    name="bamba",
+    model_types=("bamba",),
+    read_config=read_bamba,
+    model_rules=_LLAMA_MODEL,
+    layers_each=2,
+    layer_rules={
+        Layer.SSM: {**_LLAMA_NORM, **mixer_rules("mixer.", f"{_LLAMA}mamba.")},
+        Layer.ATTENTION: {**_LLAMA_NORM, **attention_rules("mixer.", f"{_LLAMA}self_attn.")},
+        Layer.MLP: _LLAMA_MLP,
+    },
+)
 
 _FALCON_H1 = Family(
     name="falcon_h1",
@@ -225,6 +238,7 @@ FAMILIES: tuple[Family, ...] = (
     _backbone("mamba2", ("mamba2",), read_hf_mamba2),
     _ZAMBA,
     _ZAMBA2,
+    _BAMBA,
     _FALCON_H1,
     _NEMOTRON_H,
 )

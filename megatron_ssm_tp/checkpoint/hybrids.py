@@ -100,6 +100,26 @@ def _attention_of_llama(raw: Raw, partial_rotary: float, **kwargs: Any) -> Atten
     )
 
 
+def read_bamba(family: str, raw: Raw) -> ModelConfig:
+    """HF BambaConfig: each of its layers is an SSM mixer or attention, and then an MLP."""
+    check_activation(raw)
+    common = _common(family, raw, tied=False)
+    count, with_attention = get(raw, "num_hidden_layers", int, 32), raw.get("attn_layer_indices") or []
+    if not isinstance(with_attention, list) or not all(index in range(count) for index in with_attention):
+        legal = f"a list of layers, 0 to {count - 1}"
+        raise UserError("config.json attn_layer_indices", with_attention, "are not layers", legal)
+    first = [Layer.ATTENTION if index in with_attention else Layer.SSM for index in range(count)]
+    d_inner = int(get(raw, "mamba_expand", float, 2) * common["hidden_size"])
+    in_and_out = get(raw, "mamba_proj_bias", bool, False)
+    return ModelConfig(
+        **common,
+        layers=tuple(kind for layer in first for kind in (layer, Layer.MLP)),
+        mixer=_mamba2_of_bamba(raw, d_inner, GatedNormConfig(common["norm_eps"]), out_bias=in_and_out),
+        attention=_attention_of_llama(raw, partial_rotary=0.5) if with_attention else None,
+        mlp=MLPConfig(get(raw, "intermediate_size", int, 14336), "silu", True, get(raw, "mlp_bias", bool, False)),
+    )
+
+
 def _numbers(raw: Raw, field: str, count: int) -> tuple[float, ...]:
     """`count` multipliers; all 1 where the field is missing."""
     values = raw.get(field) or [1.0] * count
