@@ -11,16 +11,15 @@ to plain torch, in their case a slow loop over time. The stored Zamba2 model was
 import argparse
 import json
 import math
-import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from demo_text import VOCAB_SIZE, batches, encode, split_held_out, train_tokenizer
 from tqdm import tqdm
 from transformers import (
     FalconMambaConfig,
@@ -33,9 +32,6 @@ from transformers import (
     Zamba2ForCausalLM,
 )
 
-END_OF_TEXT = "<|endoftext|>"
-VOCAB_SIZE = 1531  # a prime: no tensor-parallel size divides it, so every run exercises vocabulary padding
-HELD_OUT_FROM = "1 Peter 1"  # the first chapter heading of the evaluation part
 SAMPLE_PROMPT = "And it came to pass"
 
 
@@ -80,51 +76,6 @@ ARCHITECTURES = {
         },
     ),
 }
-
-
-def chapters(text: str) -> list[tuple[str, str]]:
-    """Split the file into (heading, body) pairs; verse numbers and indentation are dropped, one verse a line."""
-    parts = re.split(r"^(\S.* \d+)$", text, flags=re.MULTILINE)
-    bodies = (re.sub(r"^ *\d+ ", "", body, flags=re.MULTILINE).strip() for body in parts[2::2])
-    return list(zip(parts[1::2], bodies, strict=True))
-
-
-def split_held_out(text: str) -> tuple[list[str], list[str]]:
-    """Return training and held-out chapters as plain texts, split at HELD_OUT_FROM."""
-    pairs = chapters(text)
-    headings = [heading for heading, _ in pairs]
-    if HELD_OUT_FROM not in headings:
-        raise SystemExit(f"--text: no chapter heading {HELD_OUT_FROM!r} to hold out from")
-    at = headings.index(HELD_OUT_FROM)
-    texts = [f"{heading}\n{body}\n" for heading, body in pairs]
-    return texts[:at], texts[at:]
-
-
-def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE over the training part; END_OF_TEXT is id 0 and serves as bos, eos and pad."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=VOCAB_SIZE, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet)
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
-    )
-
-
-def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor:
-    """All texts as one stream of token ids, each followed by END_OF_TEXT: int64 [tokens]."""
-    stream = [token for ids in tokenizer(texts)["input_ids"] for token in (*ids, tokenizer.eos_token_id)]
-    return torch.tensor(stream)
-
-
-def batches(stream: torch.Tensor, args: argparse.Namespace, generator: torch.Generator) -> Iterator[torch.Tensor]:
-    """Random windows of the stream, forever: int64 [batch_size, seq_len + 1]."""
-    offsets = torch.arange(args.seq_len + 1)
-    while True:
-        starts = torch.randint(len(stream) - args.seq_len, (args.batch_size, 1), generator=generator)
-        yield stream[starts + offsets]
 
 
 def next_token_loss(model: torch.nn.Module, window: torch.Tensor) -> torch.Tensor:
@@ -176,7 +127,7 @@ def train(model: torch.nn.Module, train_part: torch.Tensor, held_out: torch.Tens
     groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": kept, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95))
     device = next(model.parameters()).device
-    source = batches(train_part, args, torch.Generator().manual_seed(args.seed))
+    source = batches(train_part, args.batch_size, args.seq_len, torch.Generator().manual_seed(args.seed))
     model.train()
     progress = tqdm(range(args.steps), disable=None, desc=model.config.model_type)
     for step in progress:

@@ -14,9 +14,10 @@ from ..config import Layer, Mamba1Config, ModelConfig
 from ..errors import UserError
 from ..partition.layout import block_prefix, layer_prefix, model_parameters
 from ..partition.parameters import Parameter
-from .hybrids import read_bamba, read_falcon_h1, read_nemotron_h, read_zamba, read_zamba2
+from .hybrids import read_bamba, read_falcon_h1, read_nemotron_h
 from .names import HeadsFirst, Rules, Stored, attention_rules, gated_mlp_rules, mixer_rules, stored
 from .pure_ssm import read_hf_mamba1, read_hf_mamba2, read_state_spaces
+from .zamba import read_zamba, read_zamba2
 
 _LAYER = re.compile(rf"{re.escape(layer_prefix(0)).replace('0', r'(\d+)')}(.+)")
 _BLOCK = re.compile(rf"{re.escape(block_prefix(0)).replace('0', r'(\d+)')}(.+)")

@@ -141,3 +141,38 @@ def dt_limit(raw: Mapping[str, Any], field: str) -> tuple[float, float]:
     if len(ends) != 2 or not 0 <= ends[0] < ends[1]:
         raise UserError(f"config.json {field}", limit, "is not a range", "two numbers, the larger one last")
     return ends
+
+
+def model_fields(family: str, raw: Mapping[str, Any], tied: bool, eps_field: str = "rms_norm_eps") -> dict[str, Any]:
+    """ModelConfig's fields that all of them read alike; `tied` is the class's default."""
+    return {
+        "family": family,
+        "vocab_size": get(raw, "vocab_size", int),
+        "hidden_size": get(raw, "hidden_size", int),
+        "norm_eps": get(raw, eps_field, float, 1e-5),
+        "tied_embeddings": get(raw, "tie_word_embeddings", bool, tied),
+        "residual_in_fp32": False,
+        "dtype": read_dtype(raw),
+        **end_tokens(raw),
+    }
+
+
+def attention_heads(raw: Mapping[str, Any], default_kv: int | None) -> tuple[int, int]:
+    """Heads of queries, and of keys and values."""
+    heads = get(raw, "num_attention_heads", int, 32)
+    return heads, get(raw, "num_key_value_heads", int, default_kv or heads)
+
+
+def attention_head_dim(raw: Mapping[str, Any], width: int, heads: int, field: str = "head_dim") -> int:
+    stated = get(raw, field, int, None)
+    if stated is None and width % heads:
+        raise UserError("config.json num_attention_heads", heads, f"does not divide {width}", f"a divisor of {width}")
+    return stated or width // heads
+
+
+def ssm_head_dim(raw: Mapping[str, Any], field: str, d_inner: int, heads: int) -> int:
+    """Stated, or "auto"; heads x head_dim must be d_inner."""
+    stated = None if raw.get(field) == "auto" else get(raw, field, int, None)
+    if (stated or d_inner // heads) * heads != d_inner:
+        raise UserError(f"config.json {field}", stated, f"x {heads} heads is not {d_inner}", "auto, or d_inner / heads")
+    return stated or d_inner // heads

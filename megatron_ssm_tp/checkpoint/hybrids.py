@@ -1,4 +1,4 @@
-"""config.json of models with attention: Zamba, Zamba2, Bamba, Falcon-H1, Nemotron-H. Defaults are the HF classes'."""
+"""config.json of models with attention layers: Bamba, Falcon-H1, Nemotron-H. Defaults are those of the HF classes."""
 
 import math
 from collections.abc import Mapping
@@ -8,61 +8,25 @@ from ..config import (
     AttentionConfig,
     GatedNormConfig,
     Layer,
-    Mamba1Config,
     Mamba2Config,
     MLPConfig,
     ModelConfig,
-    SharedBlocksConfig,
 )
 from ..errors import UserError
 from .fields import (
+    attention_head_dim,
+    attention_heads,
     check_activation,
     dt_limit,
-    dt_rank,
-    end_tokens,
     get,
     layer_kinds,
     mlp_activation,
-    read_dtype,
+    model_fields,
     rotary,
+    ssm_head_dim,
 )
 
 Raw = Mapping[str, Any]
-
-
-def _common(family: str, raw: Raw, tied: bool, eps_field: str = "rms_norm_eps") -> dict[str, Any]:
-    """ModelConfig's fields that all of them read alike; `tied` is the class's default."""
-    return {
-        "family": family,
-        "vocab_size": get(raw, "vocab_size", int),
-        "hidden_size": get(raw, "hidden_size", int),
-        "norm_eps": get(raw, eps_field, float, 1e-5),
-        "tied_embeddings": get(raw, "tie_word_embeddings", bool, tied),
-        "residual_in_fp32": False,
-        "dtype": read_dtype(raw),
-        **end_tokens(raw),
-    }
-
-
-def _heads(raw: Raw, default_kv: int | None) -> tuple[int, int]:
-    """Heads of queries, and of keys and values."""
-    heads = get(raw, "num_attention_heads", int, 32)
-    return heads, get(raw, "num_key_value_heads", int, default_kv or heads)
-
-
-def _head_dim(raw: Raw, width: int, heads: int, field: str = "head_dim") -> int:
-    stated = get(raw, field, int, None)
-    if stated is None and width % heads:
-        raise UserError("config.json num_attention_heads", heads, f"does not divide {width}", f"a divisor of {width}")
-    return stated or width // heads
-
-
-def _ssm_head_dim(raw: Raw, field: str, d_inner: int, heads: int) -> int:
-    """Stated, or "auto"; heads x head_dim must be d_inner."""
-    stated = None if raw.get(field) == "auto" else get(raw, field, int, None)
-    if (stated or d_inner // heads) * heads != d_inner:
-        raise UserError(f"config.json {field}", stated, f"x {heads} heads is not {d_inner}", "auto, or d_inner / heads")
-    return stated or d_inner // heads
 
 
 def _mamba2_of_bamba(raw: Raw, d_inner: int, norm: GatedNormConfig | None, **kwargs: Any) -> Mamba2Config:
@@ -70,7 +34,7 @@ def _mamba2_of_bamba(raw: Raw, d_inner: int, norm: GatedNormConfig | None, **kwa
     heads = get(raw, "mamba_n_heads", int, 128)
     return Mamba2Config(
         n_heads=heads,
-        head_dim=_ssm_head_dim(raw, "mamba_d_head", d_inner, heads),
+        head_dim=ssm_head_dim(raw, "mamba_d_head", d_inner, heads),
         n_groups=get(raw, "mamba_n_groups", int, 1),
         d_state=get(raw, "mamba_d_state", int, 256),
         d_conv=get(raw, "mamba_d_conv", int, 4),
@@ -85,8 +49,8 @@ def _mamba2_of_bamba(raw: Raw, d_inner: int, norm: GatedNormConfig | None, **kwa
 def _attention_of_llama(raw: Raw, partial_rotary: float, **kwargs: Any) -> AttentionConfig:
     """The fields that Bamba and Falcon-H1 name alike."""
     hidden = get(raw, "hidden_size", int)
-    heads, kv_heads = _heads(raw, 8)
-    head_dim, bias = _head_dim(raw, hidden, heads), get(raw, "attention_bias", bool, False)
+    heads, kv_heads = attention_heads(raw, 8)
+    head_dim, bias = attention_head_dim(raw, hidden, heads), get(raw, "attention_bias", bool, False)
     return AttentionConfig(
         n_heads=heads,
         n_kv_heads=kv_heads,
@@ -103,7 +67,7 @@ def _attention_of_llama(raw: Raw, partial_rotary: float, **kwargs: Any) -> Atten
 def read_bamba(family: str, raw: Raw) -> ModelConfig:
     """HF BambaConfig: each of its layers is an SSM mixer or attention, and then an MLP."""
     check_activation(raw)
-    common = _common(family, raw, tied=False)
+    common = model_fields(family, raw, tied=False)
     count, with_attention = get(raw, "num_hidden_layers", int, 32), raw.get("attn_layer_indices") or []
     if not isinstance(with_attention, list) or not all(index in range(count) for index in with_attention):
         legal = f"a list of layers, 0 to {count - 1}"
@@ -134,7 +98,7 @@ def read_falcon_h1(family: str, raw: Raw) -> ModelConfig:
     d_inner is mamba_d_ssm, whatever mamba_expand says.
     """
     check_activation(raw)
-    common = _common(family, raw, tied=False)
+    common = model_fields(family, raw, tied=False)
     d_inner = get(raw, "mamba_d_ssm", int, None) or int(get(raw, "mamba_expand", float, 2) * common["hidden_size"])
     norm = None
     if get(raw, "mamba_rms_norm", bool, False):
@@ -177,7 +141,7 @@ def read_nemotron_h(family: str, raw: Raw) -> ModelConfig:
     tie_word_embeddings says; HF is followed.
     """
     check_activation(raw, "mamba_hidden_act")
-    common = _common(family, raw, tied=False, eps_field="layer_norm_epsilon") | {"tied_embeddings": False}
+    common = model_fields(family, raw, tied=False, eps_field="layer_norm_epsilon") | {"tied_embeddings": False}
     pattern = get(raw, "hybrid_override_pattern", str, None)
     named = raw.get("layers_block_type") or raw.get("layer_types")
     if named is None and pattern is not None:
@@ -185,7 +149,7 @@ def read_nemotron_h(family: str, raw: Raw) -> ModelConfig:
     layers = layer_kinds(
         named, "layers_block_type", ("linear_attention", "full_attention", "mlp", "mamba", "attention")
     )
-    heads, kv_heads = _heads(raw, 8)
+    heads, kv_heads = attention_heads(raw, 8)
     head_dim, bias = get(raw, "head_dim", int, 128), get(raw, "use_bias", bool, False)
     groups = get(raw, "mamba_n_groups", int, None) or get(raw, "n_groups", int, 8)
     attention = AttentionConfig(heads, kv_heads, head_dim, common["hidden_size"], head_dim**-0.5)
@@ -208,96 +172,4 @@ def read_nemotron_h(family: str, raw: Raw) -> ModelConfig:
         ),
         attention=attention if Layer.ATTENTION in layers else None,
         mlp=mlp if Layer.MLP in layers else None,
-    )
-
-
-def _shared_attention(raw: Raw, hidden: int, **kwargs: Any) -> AttentionConfig:
-    """Attention on [hidden, embedding]: scores are scaled by half the head's width, as in HF ZambaAttention."""
-    d_in = get(raw, "attention_hidden_size", int, 2 * hidden)
-    if d_in != 2 * hidden:
-        raise UserError("config.json attention_hidden_size", d_in, "is not 2 x hidden_size", str(2 * hidden))
-    heads, kv_heads = _heads(raw, None)
-    head_dim = _head_dim(raw, d_in, heads, "attention_head_dim")
-    return AttentionConfig(heads, kv_heads, head_dim, d_in, (head_dim / 2) ** -0.5, **kwargs)
-
-
-def _zamba_layers(raw: Raw) -> tuple[Layer, ...]:
-    """ZambaConfig's list, or the rule by which it is made."""
-    named, field = raw.get("layers_block_type") or raw.get("layer_types"), "layers_block_type"
-    if named is None:
-        period, offset = get(raw, "attn_layer_period", int, 6), get(raw, "attn_layer_offset", int, 4)
-        rest = range(get(raw, "num_hidden_layers", int, 76) - 3)
-        named = ["mamba", "mamba", "hybrid", *("hybrid" if i % period == offset else "mamba" for i in rest)]
-    return layer_kinds(named, field, ("linear_attention", "hybrid", "mamba"))
-
-
-def _shared_blocks(layers: tuple[Layer, ...], tied: bool, count: int, **kwargs: Any) -> SharedBlocksConfig:
-    """HF ties the blocks by the mechanism that ties the embeddings: untied, every call has a block of its own."""
-    calls = layers.count(Layer.SHARED)
-    if not calls:
-        raise UserError("config.json layers_block_type", "none hybrid", "shares no block", "at least one hybrid layer")
-    return SharedBlocksConfig(min(count, calls) if tied else calls, **kwargs)
-
-
-def read_zamba(family: str, raw: Raw) -> ModelConfig:
-    """HF ZambaConfig: Mamba-1 mixers of several heads, one transformer block that all hybrid layers share."""
-    check_activation(raw, "hidden_mamba_act")
-    common = _common(family, raw, tied=True)
-    hidden, layers = common["hidden_size"], _zamba_layers(raw)
-    activation = mlp_activation(raw, "hidden_act", "gelu")
-    return ModelConfig(
-        **common,
-        layers=layers,
-        mixer=Mamba1Config(
-            d_inner=int(get(raw, "mamba_expand", float, 2) * hidden),
-            d_state=get(raw, "mamba_d_state", int, 16),
-            d_conv=get(raw, "mamba_d_conv", int, 4),
-            dt_rank=dt_rank(raw, "mamba_dt_rank", hidden),
-            proj_bias=get(raw, "mamba_proj_bias", bool, False),
-            conv_bias=get(raw, "mamba_conv_bias", bool, True),
-            n_heads=get(raw, "n_mamba_heads", int, 2),
-        ),
-        attention=_shared_attention({"num_attention_heads": 16, **raw}, hidden),
-        mlp=MLPConfig(get(raw, "intermediate_size", int, 14848), activation, gated=True),
-        shared=_shared_blocks(layers, common["tied_embeddings"], 1),
-    )
-
-
-def read_zamba2(family: str, raw: Raw) -> ModelConfig:
-    """HF Zamba2Config: Mamba-2 mixers, shared blocks in turn with an adapter for every call.
-
-    HF clamps dt to time_step_min in its scan and not in its one-token step; here both clamp, as in training.
-    """
-    common = _common(family, raw, tied=True)
-    hidden, bias = common["hidden_size"], get(raw, "add_bias_linear", bool, False)
-    named = raw.get("layers_block_type") or raw.get("layer_types")
-    layers = layer_kinds(named, "layers_block_type", ("linear_attention", "hybrid", "mamba"))
-    d_inner, heads = int(get(raw, "mamba_expand", float, 2) * hidden), get(raw, "n_mamba_heads", int, 8)
-    groups, rank = get(raw, "mamba_ngroups", int, 1), get(raw, "adapter_rank", int, 128)
-    attention = _shared_attention(raw, hidden)
-    with_rotary = {"rotary": rotary(raw, attention.head_dim)} if get(raw, "use_mem_rope", bool, False) else {}
-    activation = mlp_activation(raw, "hidden_act", "gelu")
-    return ModelConfig(
-        **common,
-        layers=layers,
-        mixer=Mamba2Config(
-            n_heads=heads,
-            head_dim=_ssm_head_dim(raw, "mamba_headdim", d_inner, heads),
-            n_groups=groups,
-            d_state=get(raw, "mamba_d_state", int, 64),
-            d_conv=get(raw, "mamba_d_conv", int, 4),
-            norm=GatedNormConfig(1e-5, groups),
-            in_bias=bias,
-            out_bias=bias,
-            dt_limit=(get(raw, "time_step_min", float, 1e-3), math.inf),
-        ),
-        attention=_shared_attention(raw, hidden, **with_rotary),
-        mlp=MLPConfig(get(raw, "intermediate_size", int, 4 * hidden), activation, True, bias),
-        shared=_shared_blocks(
-            layers,
-            common["tied_embeddings"],
-            get(raw, "num_mem_blocks", int, 1),
-            attention_adapter_rank=rank if get(raw, "use_shared_attention_adapter", bool, False) else None,
-            mlp_adapter_rank=rank,
-        ),
     )
