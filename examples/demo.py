@@ -15,7 +15,7 @@ import torch
 CHECKPOINTS = Path(__file__).parent / "checkpoints"
 PROMPTS = ["And God said unto Moses,", "Then Jesus answered and said", "The words of the wise"]
 NAMES = ["mamba-kjv-2.7m", "falcon-mamba-kjv-2.7m", "zamba2-kjv-2.9m"]
-TORCHRUN = ["torchrun", "--nproc-per-node", "2", "-m", "megatron_ssm_tp"]
+TORCHRUN = ["torchrun", "--standalone", "--nproc-per-node", "2", "-m", "megatron_ssm_tp"]  # on a free port
 # Two ranks want two GPUs, or none.
 ENVIRONMENT = os.environ | ({} if torch.cuda.device_count() >= 2 else {"CUDA_VISIBLE_DEVICES": ""})
 ONE_PROCESS = [sys.executable, "-m", "megatron_ssm_tp"]
@@ -48,8 +48,10 @@ def run(name: str, folder: Path) -> None:
         text=True,
         env=ENVIRONMENT,
     ) as single:
-        subprocess.run(command, check=True, env=ENVIRONMENT)
+        two_ranks = subprocess.run(command, check=False, env=ENVIRONMENT)
         _, errors = single.communicate()
+    if two_ranks.returncode:
+        sys.exit(f"{name}: two ranks failed")
     if single.returncode:
         sys.exit(f"one process failed:\n{errors}")
     pairs = list(zip(token_ids(two), token_ids(one), strict=True))

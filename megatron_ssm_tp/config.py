@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from enum import Enum
+from functools import cached_property
 
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}  # name: bytes
 
@@ -21,7 +22,8 @@ class Mamba1Config:
     """Dimensions of one Mamba-1 mixer (paper: Gu & Dao 2023, section 3; HF: MambaMixer, FalconMambaMixer).
 
     `bcdt_norm_eps` is the epsilon of the RMS norms without weight on dt, B and C (Falcon-Mamba), or None for no norms.
-    `n_heads` runs of channels have dt, B and C of their own (HF ZambaMambaMixer).
+    `n_heads` runs of channels have dt, B and C of their own, and x and z lie row by row in turn in `interleaved` files
+    (HF ZambaMambaMixer).
     """
 
     d_inner: int
@@ -32,6 +34,7 @@ class Mamba1Config:
     conv_bias: bool = True
     bcdt_norm_eps: float | None = None
     n_heads: int = 1
+    interleaved: bool = False
 
 
 @dataclass(frozen=True)
@@ -149,6 +152,11 @@ class ModelConfig:
     attention_multiplier: float = 1.0
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
+
+    @cached_property
+    def callers(self) -> tuple[int, ...]:
+        """The layers that call shared blocks, in turn."""
+        return tuple(index for index, kind in enumerate(self.layers) if kind is Layer.SHARED)
 
     def count(self, *kinds: Layer) -> int:
         """Layers of these kinds."""

@@ -77,15 +77,24 @@ def generate(path: Path, prompts: list, params: dict, seed: int | None = None, *
 NEVER = StopCondition(frozenset(), (), False, NoTokenizer(Path(), 101, -1))
 
 
-def states_after(path: Path, prompt: list[int], chunk: int, steps: int) -> tuple[list[int], np.ndarray, np.ndarray]:
-    """Prefill `prompt` in chunks of at most `chunk` tokens, decode `steps` tokens more; the request's states then."""
+def states_after(
+    path: Path, prompt: list[int], chunk: int, steps: int, company: list[int] | None = None
+) -> tuple[list[int], np.ndarray, np.ndarray]:
+    """Prefill `prompt` in steps of at most `chunk` tokens, decode `steps` tokens more; the request's states then.
+
+    The shorter prompt `company` takes its tokens of the first step, and goes on when the other is over.
+    """
     engine = llm(path, max_requests=4, max_tokens=chunk).engine
     params = SamplingParams(top_k=1, num_tokens_to_generate=steps, termination_id=-1)
     # The last step's token is sampled but not fed back: the states are those after prompt and steps - 1 tokens.
-    tokens = [progress.token_ids for progress in engine.run([Request(prompt, params, NEVER)])][-1]
+    longer = SamplingParams(top_k=1, num_tokens_to_generate=steps + 8, termination_id=-1)
+    requests = [Request(company, longer, NEVER)] if company else []
+    requests.append(Request(prompt, params, NEVER))
+    tokens = [progress.token_ids for progress in engine.run(requests) if progress.index == len(requests) - 1][-1]
     context = engine.context
     slots = context.mamba_metadata
-    used = int(slots.mamba_state_free_slots[slots.mamba_state_free_slot_count - 1])  # freed last, not yet cleared
+    # Freed last, or before its company's; not yet cleared.
+    used = int(slots.mamba_state_free_slots[slots.mamba_state_free_slot_count - len(requests)])
     return tokens, context.mamba_conv_states[:, used].numpy().copy(), context.mamba_ssm_states[:, used].numpy().copy()
 
 
@@ -218,7 +227,9 @@ def streamed(path: Path, prompt: str, params: dict) -> tuple[str, str]:
     return "".join(piece.text for piece in pieces), pieces[-1].output.text
 
 
-def gated_norm_error(groups: int, before_gate: bool, magnitude: float, exact: bool) -> float:
+def gated_norm_error(
+    groups: int, before_gate: bool, magnitude: float, exact: bool, dtype: torch.dtype = torch.float32
+) -> float:
     """Largest difference, relative to the largest value, between norm, gate and product over ranks and written out."""
     from types import SimpleNamespace
 
@@ -231,8 +242,9 @@ def gated_norm_error(groups: int, before_gate: bool, magnitude: float, exact: bo
     group, d, h, g = groups_tp(), 32, 6, torch.Generator().manual_seed(3)
     y, z = torch.randn(5, 2, d, generator=g) * magnitude, torch.randn(5, 2, d, generator=g)
     w, weight = torch.rand(d, generator=g) + 0.5, torch.randn(h, d, generator=g)
+    y, z, w, weight = (t.to(dtype) for t in (y, z, w, weight))
     own = slice(group.rank() * d // group.size(), (group.rank() + 1) * d // group.size())
-    norm = GatedRMSNorm(GatedNormConfig(1e-5, groups, before_gate), d, group, torch.float32, torch.device("cpu"), exact)
+    norm = GatedRMSNorm(GatedNormConfig(1e-5, groups, before_gate), d, group, dtype, torch.device("cpu"), exact)
     norm.weight.data = w[own]
     with torch.no_grad():
         if norm.case is NormCase.DEFERRED:

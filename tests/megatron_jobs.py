@@ -66,7 +66,7 @@ class NumberTokenizer:
         return [len(self.detokenize(ids[:i])) + (i > 0) for i in range(len(ids))]
 
 
-def train_from_spec(name: str, steps: int, mamba_groups: int = 1, pattern: str = "MM") -> list[float]:
+def train_from_spec(name: str, steps: int, mamba_groups: int = 1, pattern: str = "MM", **options) -> list[float]:
     """Losses of a model built as Megatron's launch scripts build it: `--spec megatron_ssm_tp.layers.specs NAME`."""
     from megatron.core.models.hybrid.hybrid_model import HybridModel
     from megatron.core.transformer import TransformerConfig
@@ -89,6 +89,7 @@ def train_from_spec(name: str, steps: int, mamba_groups: int = 1, pattern: str =
             use_cpu_initialization=True,
             tensor_model_parallel_size=pg.tp.size(),
             bias_dropout_fusion=False,
+            **{"attention_dropout": 0.0} | options,
         )
         model = HybridModel(
             config=config,

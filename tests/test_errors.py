@@ -1,5 +1,6 @@
 """What a caller can get wrong: one line with field, value and what is legal, the same on every rank."""
 
+import re
 from pathlib import Path
 
 import jobs
@@ -174,6 +175,24 @@ def test_limits_are_positive(field, least):
 
     with pytest.raises(UserError, match=f"{field}={least - 1}: is out of range; legal: an integer, {least} or more"):
         CacheLimits(**{field: least - 1})
+
+
+@pytest.mark.parametrize("tokens", [0, 511, 1e3, "512"])
+def test_the_cache_has_room_for_one_request(tokens):
+    from megatron_ssm_tp import CacheLimits, UserError
+
+    with pytest.raises(
+        UserError, match=r"max_cached_tokens=.*: is out of range; legal: an integer, max_sequence_length"
+    ):
+        CacheLimits(max_sequence_length=512, max_cached_tokens=tokens)
+
+
+@pytest.mark.parametrize("limits", [{"max_sequence_length": 10**9}, {"max_requests": 10**7}], ids=str)
+def test_a_cache_that_does_not_fit_is_refused_before_it_is_built(world, tiny, limits):
+    for message in world(2).run(jobs.error_of, tiny("mamba").path, [[1]], **limits):
+        assert re.search(
+            r"cache='[\d.]+ GiB': does not fit beside the weights, [\d.]+ GiB are free; legal: smaller", message
+        )
 
 
 @pytest.mark.parametrize("seed", [-1, 2**63, 1.5, "a"])

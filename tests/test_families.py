@@ -69,6 +69,8 @@ def test_falcon_h1s_d_inner_is_not_twice_the_hidden_size():
 def test_nemotron_h_reads_patterns_and_is_never_tied():
     config = read_config(NEMOTRON)
     assert "".join(layer.name[0] for layer in config.layers) == "SMSMSAMSM" and not config.tied_embeddings
+    assert read_config(NEMOTRON | {"mamba_dt_min": 0.5}).mixer.dt_limit[0] == 0.5  # as HF's class renames it
+    assert read_config(NEMOTRON | {"num_key_value_heads": None}).attention.n_kv_heads == 32
     assert config.mixer.norm.groups == 8 and config.mixer.dt_limit[0] == 0.001 and config.attention.rotary is None
     assert config.mlp.activation == "relu2" and not config.mlp.gated
 
@@ -81,6 +83,12 @@ def test_nemotron_h_reads_patterns_and_is_never_tied():
         (NEMOTRON | {"hybrid_override_pattern": "MEM*"}, "layers_block_type='moe': needs mixture of experts; legal:"),
         (NEMOTRON | {"hybrid_override_pattern": "MX"}, "layers_block_type='X': is not a kind of layer"),
         (ZAMBA2 | {"layers_block_type": ["mamba", "full_attention"]}, "'full_attention': is not a kind of layer"),
+        (ZAMBA2 | {"num_hidden_layers": 7}, "num_hidden_layers=7: is not the number of layers_block_type; legal: 8"),
+        (NEMOTRON | {"hybrid_override_pattern": "*-"}, "layers_block_type='none SSM': is not for this package"),
+        (NEMOTRON | {"time_step_min": -0.1}, "time_step_min=-0.1: is not a time; legal: 0 or more"),
+        (FALCON_H1 | {"mlp_multipliers": [float("nan"), 1.0]}, "mlp_multipliers=[nan, 1.0]: are not multipliers"),
+        (FALCON_H1 | {"rope_parameters": {"hybrid": {"rope_theta": 1.0}}}, "rope_parameters='hybrid': is of one kind"),
+        (FALCON_H1 | {"mamba_d_ssm": None, "mamba_expand": 1e-5}, "mamba_expand=1e-05: leaves no channel"),
         (ZAMBA2 | {"layers_block_type": None}, "layers_block_type=None: is not a list of layers"),
         (ZAMBA2 | {"layers_block_type": ["mamba"]}, "shares no block; legal: at least one hybrid layer"),
         (ZAMBA2 | {"hidden_act": "tanh"}, "hidden_act='tanh': is not implemented; legal: silu"),
@@ -136,6 +144,9 @@ def test_zamba2_with_the_block_under_every_layer_that_calls_it(tiny, tmp_path):
 
     edit_tensors(path, repeat)
     assert open_model(path).sources == before
+    edit_tensors(path, lambda tensors: tensors.update({"model.layers.4.shared_transformer.surprise": torch.ones(2)}))
+    with pytest.raises(UserError, match=r"layers.4.shared_transformer.surprise.* is not part of this zamba2 model"):
+        open_model(path)
 
 
 def test_nemotron_h_under_either_name(world, tiny, tmp_path):

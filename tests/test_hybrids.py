@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from models import TinyModel, as_stored_in
-from variants import EVERY, ONE_EACH, VARIANTS
+from variants import EVERY, ONE_EACH, ONE_OF_EACH, VARIANTS
 
 from megatron_ssm_tp.checkpoint.loader import open_model
 from megatron_ssm_tp.partition.apply import merge
@@ -49,8 +49,8 @@ def test_logits(world, model, tp):
 
 @pytest.mark.parametrize(
     ("tp", "options"),
-    [(1, {}), (2, {}), (4, {}), (4, {"sequence_parallel": True})],
-    ids=["TP1", "TP2", "TP4", "TP4-SP"],
+    [(1, {}), (2, {}), (4, {}), (8, {}), (4, {"sequence_parallel": True})],
+    ids=["TP1", "TP2", "TP4", "TP8", "TP4-SP"],
 )
 @EVERY
 def test_gradients(world, model, tp, options):
@@ -89,12 +89,12 @@ def test_greedy_tokens_in_continuous_batching(world, model, tp):
 
 
 @pytest.mark.parametrize("tp", [1, 2], ids=lambda tp: f"TP{tp}")
-@ONE_EACH
+@pytest.mark.parametrize("variant", ["mamba2", *ONE_OF_EACH])
 def test_states_do_not_depend_on_how_a_prompt_was_read(world, model, tp):
-    """150 tokens in chunks of 64 = in one piece; 140 tokens and 10 decoded = 150 with them."""
+    """150 tokens in pieces of 43, 64 and 43 = in one piece; 140 and 10 decoded = 150 with them."""
     prompt = ids_of(150)
     whole = world(tp).run(jobs.states_after, model.path, prompt, 256, 1)
-    chunked = world(tp).run(jobs.states_after, model.path, prompt, 64, 1)
+    chunked = world(tp).run(jobs.states_after, model.path, prompt, 64, 1, ids_of(21))
     answer = world(tp).run(jobs.states_after, model.path, prompt[:140], 256, 11)
     grown = world(tp).run(jobs.states_after, model.path, prompt[:140] + answer[0][0][:10], 256, 1)
     for one, other in [*zip(whole, chunked, strict=True), *zip(answer, grown, strict=True)]:
@@ -137,7 +137,7 @@ def test_bfloat16_errs_no_more_than_hugging_face(world, model, tp):
 
 
 def test_requests_that_outgrow_the_cache_wait_and_are_read_again(world, tiny):
-    """Room for 512 tokens of keys and values, and a block a request: eight answers of 300 tokens do not fit at once."""
+    """Room for 512 tokens of keys and values, and a block a request: four answers of 260 tokens do not fit at once."""
     model, prompts = tiny("nemotron_h", tied=False), [ids_of(length) for length in (240, 250, 200, 230)]
     limits = LIMITS | {"max_sequence_length": 512, "max_cached_tokens": 512}
     expected = world(2).run(jobs.greedy, model.path, prompts, 260, **LIMITS, max_cached_tokens=4096)

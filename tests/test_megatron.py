@@ -1,5 +1,7 @@
 """The plug points: specs, static engine, distributed checkpoints, dtypes under Float16Module, sizes of the cache."""
 
+import re
+
 import megatron_jobs
 import numpy as np
 import pytest
@@ -53,6 +55,21 @@ def test_specs_build_and_train_alike_at_every_tp(world, name, pattern):
     for tp in (2, 4):
         for losses in world(tp).run(megatron_jobs.train_from_spec, name, 12, pattern=pattern):
             np.testing.assert_allclose(losses, reference, rtol=2e-3)
+
+
+def test_a_preset_refuses_what_its_attention_does_not_do(world):
+    for options, message in (
+        ({"window_size": (2, 0)}, "window_size=(2, 0): is not implemented by this attention"),
+        ({"qk_layernorm": True}, "qk_layernorm=True: is not implemented by this attention"),
+    ):
+        with pytest.raises(AssertionError, match=re.escape(message)):
+            world(1).run(megatron_jobs.train_from_spec, "mamba2", 1, pattern="M*", **options)
+
+
+def test_attention_drops_out_in_training_alone(world):
+    [one] = world(1).run(megatron_jobs.train_from_spec, "mamba2", 2, pattern="M*", attention_dropout=0.5)
+    [none] = world(1).run(megatron_jobs.train_from_spec, "mamba2", 2, pattern="M*")
+    assert one[0] != none[0]
 
 
 @pytest.mark.parametrize("family", ["mamba", "mamba2"])

@@ -5,7 +5,7 @@ test in tests/test_checkpoint.py or tests/test_hybrids.py.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -31,7 +31,8 @@ class Family:
     are: of the whole model, of layers by kind, and of shared blocks. In them {layer} is the file's number of a layer,
     of which `layers_each` of ours make one; {home} is the layer under which a shared block is stored, the first that
     calls it, and {call} counts the calls. `aliases` are other beginnings of the same names; what matches `ignored` may
-    be in a file and is not read.
+    be in a file and is not read, and so may copies of a block's tensors under later calls of it (`copies`: the number
+    of the layer, and what follows).
     """
 
     name: str
@@ -43,6 +44,7 @@ class Family:
     block_rules: Rules | None = None
     aliases: tuple[tuple[str, str], ...] = ()
     ignored: str = r"rotary_emb\.inv_freq$"
+    copies: str | None = None
 
     def config(self, raw: Mapping[str, Any]) -> ModelConfig:
         """The model of this config.json.
@@ -50,12 +52,15 @@ class Family:
         Raises:
             UserError: a field that is missing, wrong, or asks for what is not implemented.
         """
-        return self.read_config(self.name, raw)
+        config = self.read_config(self.name, raw)
+        if not config.ssm_states:
+            raise UserError("config.json layers_block_type", "none SSM", "is not for this package", "some SSM layers")
+        return config
 
     def find(self, ours: str, config: ModelConfig) -> Stored:
         """Where our parameter `ours` is in the file."""
         heads = config.mixer.n_heads if isinstance(config.mixer, Mamba1Config) else 1
-        callers = [index for index, kind in enumerate(config.layers) if kind is Layer.SHARED]
+        callers = config.callers
         if match := _BLOCK.fullmatch(ours):
             return stored(self.block_rules, match[2], home=callers[int(match[1])])
         if match := _LAYER.fullmatch(ours):
@@ -71,10 +76,17 @@ class Family:
         """Every parameter of the model: our name -> (where it is in the file, its shape and cut)."""
         return {name: (self.find(name, config), parameter) for name, parameter in model_parameters(config).items()}
 
-    def may_hold(self, name: str, config: ModelConfig) -> bool:
-        """Whether a file may have this name though nothing is read from it: the head of a tied model, say."""
+    def may_hold(self, name: str, config: ModelConfig, read: Set[str]) -> bool:
+        """Whether a file may have this name though only those of `read` are: the head of a tied model, a copy."""
         heads = self.find("output_layer.weight", config).names if config.tied_embeddings else ()
-        return name in heads or re.search(self.ignored, name) is not None
+        if name in heads or re.search(self.ignored, name):
+            return True
+        match = re.fullmatch(self.copies, name) if self.copies else None
+        callers = config.callers
+        if match is None or int(match[1]) not in callers:
+            return False
+        home = callers[callers.index(int(match[1])) % config.shared.count]
+        return name[: match.start(1)] + str(home) + name[match.end(1) :] in read
 
 
 def _backbone(name: str, model_types: tuple[str, ...], read_config: Callable) -> Family:
@@ -198,7 +210,7 @@ _ZAMBA = Family(
         },
     },
     block_rules=_block(_ZAMBA_BLOCK, gated_mlp_rules("mlp.", f"{_ZAMBA_BLOCK}feed_forward.")),
-    ignored=r"\.shared_transf\.|rotary_emb\.inv_freq$",  # copies of the block under every layer that calls it
+    copies=r"model\.layers\.(\d+)\.shared_transf\..+",
 )
 
 _ZAMBA2_BLOCK = "model.layers.{home}.shared_transformer."
@@ -229,7 +241,7 @@ _ZAMBA2 = Family(
             "mlp.down.": f"{_ZAMBA2_BLOCK}feed_forward.down_proj.",
         },
     ),
-    ignored=r"\.shared_transformer\.|rotary_emb\.inv_freq$",
+    copies=r"model\.layers\.(\d+)\.shared_transformer\..+",
 )
 
 FAMILIES: tuple[Family, ...] = (

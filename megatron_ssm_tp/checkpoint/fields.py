@@ -33,11 +33,11 @@ def get(raw: Mapping[str, Any], field: str, kind: type, default: Any = _REQUIRED
     return value
 
 
-def expanded(raw: Mapping[str, Any], hidden: int) -> int:
+def expanded(raw: Mapping[str, Any], hidden: int, field: str = "expand") -> int:
     """d_inner by the expansion factor, which may be a fraction."""
-    width = int(get(raw, "expand", float, 2) * hidden)
+    width = int(get(raw, field, float, 2) * hidden)
     if width < 1:
-        raise UserError("config.json expand", raw["expand"], "leaves no channel", f"at least 1 / {hidden}")
+        raise UserError(f"config.json {field}", raw[field], "leaves no channel", f"at least 1 / {hidden}")
     return width
 
 
@@ -94,9 +94,21 @@ def mlp_activation(raw: Mapping[str, Any], field: str, default: str) -> str:
     return _ACTIVATIONS[activation]
 
 
+def least_dt(raw: Mapping[str, Any], older: str = "time_step_min") -> tuple[float, float]:
+    """Zamba2's and Nemotron-H's limits of dt: not below time_step_min (`older`: another name of it), which may be 0."""
+    value = raw.get("time_step_min") if raw.get(older) is None else raw[older]
+    value = 1e-3 if value is None else value
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise UserError("config.json time_step_min", value, "is not a time", "0 or more")
+    return float(value), math.inf
+
+
 def rotary(raw: Mapping[str, Any], head_dim: int, partial: float = 1.0) -> RotaryConfig:
     """Rotary embedding as Hugging Face reads it: `rope_parameters`, or the older fields beside `rope_scaling`."""
-    fields = dict(raw) | get(raw, "rope_scaling", dict, {}) | get(raw, "rope_parameters", dict, {})
+    own = get(raw, "rope_scaling", dict, {}) | get(raw, "rope_parameters", dict, {})
+    if nested := next((name for name, value in own.items() if isinstance(value, dict)), None):
+        raise UserError("config.json rope_parameters", nested, "is of one kind of layer", "the same for all layers")
+    fields = dict(raw) | own
     kind = fields.get("rope_type") or fields.get("type") or "default"
     if kind not in ("default", "linear"):
         raise UserError("config.json rope_type", kind, "is not implemented", "default, linear")
@@ -133,7 +145,7 @@ def layer_kinds(names: Any, field: str, legal: tuple[str, ...]) -> tuple[Layer, 
 
 def dt_limit(raw: Mapping[str, Any], field: str) -> tuple[float, float]:
     """transformers 5 writes infinity as {"__float__": "Infinity"}, which JSON can hold; older files say Infinity."""
-    limit = raw.get(field) or (0.0, math.inf)
+    limit = (0.0, math.inf) if raw.get(field) is None else raw[field]
     try:
         ends = tuple(float(end["__float__"] if isinstance(end, dict) else end) for end in limit)
     except (TypeError, ValueError, KeyError):
@@ -160,7 +172,8 @@ def model_fields(family: str, raw: Mapping[str, Any], tied: bool, eps_field: str
 def attention_heads(raw: Mapping[str, Any], default_kv: int | None) -> tuple[int, int]:
     """Heads of queries, and of keys and values."""
     heads = get(raw, "num_attention_heads", int, 32)
-    return heads, get(raw, "num_key_value_heads", int, default_kv or heads)
+    stated_null = "num_key_value_heads" in raw and raw["num_key_value_heads"] is None  # as many as queries
+    return heads, get(raw, "num_key_value_heads", int, heads if stated_null or default_kv is None else default_kv)
 
 
 def attention_head_dim(raw: Mapping[str, Any], width: int, heads: int, field: str = "head_dim") -> int:

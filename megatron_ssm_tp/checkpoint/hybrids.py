@@ -18,8 +18,10 @@ from .fields import (
     attention_heads,
     check_activation,
     dt_limit,
+    expanded,
     get,
     layer_kinds,
+    least_dt,
     mlp_activation,
     model_fields,
     rotary,
@@ -73,7 +75,7 @@ def read_bamba(family: str, raw: Raw) -> ModelConfig:
         legal = f"a list of layers, 0 to {count - 1}"
         raise UserError("config.json attn_layer_indices", with_attention, "are not layers", legal)
     first = [Layer.ATTENTION if index in with_attention else Layer.SSM for index in range(count)]
-    d_inner = int(get(raw, "mamba_expand", float, 2) * common["hidden_size"])
+    d_inner = expanded(raw, common["hidden_size"], "mamba_expand")
     in_and_out = get(raw, "mamba_proj_bias", bool, False)
     return ModelConfig(
         **common,
@@ -86,8 +88,9 @@ def read_bamba(family: str, raw: Raw) -> ModelConfig:
 
 def _numbers(raw: Raw, field: str, count: int) -> tuple[float, ...]:
     """`count` multipliers; all 1 where the field is missing."""
-    values = raw.get(field) or [1.0] * count
-    if not isinstance(values, list) or len(values) != count or not all(isinstance(v, (int, float)) for v in values):
+    values = [1.0] * count if raw.get(field) is None else raw[field]
+    numbers = isinstance(values, list) and all(type(v) in (int, float) and math.isfinite(v) for v in values)
+    if not numbers or len(values) != count:
         raise UserError(f"config.json {field}", values, "are not multipliers", f"a list of {count} numbers")
     return tuple(float(value) for value in values)
 
@@ -99,7 +102,7 @@ def read_falcon_h1(family: str, raw: Raw) -> ModelConfig:
     """
     check_activation(raw)
     common = model_fields(family, raw, tied=False)
-    d_inner = get(raw, "mamba_d_ssm", int, None) or int(get(raw, "mamba_expand", float, 2) * common["hidden_size"])
+    d_inner = get(raw, "mamba_d_ssm", int, None) or expanded(raw, common["hidden_size"], "mamba_expand")
     norm = None
     if get(raw, "mamba_rms_norm", bool, False):
         before = get(raw, "mamba_norm_before_gate", bool, True)
@@ -143,7 +146,7 @@ def read_nemotron_h(family: str, raw: Raw) -> ModelConfig:
     check_activation(raw, "mamba_hidden_act")
     common = model_fields(family, raw, tied=False, eps_field="layer_norm_epsilon") | {"tied_embeddings": False}
     pattern = get(raw, "hybrid_override_pattern", str, None)
-    named = raw.get("layers_block_type") or raw.get("layer_types")
+    named = raw.get("layers_block_type", raw.get("layer_types"))
     if named is None and pattern is not None:
         named = [_NEMOTRON_SYMBOLS.get(symbol, symbol) for symbol in pattern]
     layers = layer_kinds(
@@ -168,7 +171,7 @@ def read_nemotron_h(family: str, raw: Raw) -> ModelConfig:
             in_bias=bias,
             out_bias=bias,
             conv_bias=get(raw, "mamba_conv_bias", bool, get(raw, "use_conv_bias", bool, True)),
-            dt_limit=(get(raw, "time_step_min", float, 1e-3), math.inf),
+            dt_limit=least_dt(raw, "mamba_dt_min"),
         ),
         attention=attention if Layer.ATTENTION in layers else None,
         mlp=mlp if Layer.MLP in layers else None,

@@ -61,7 +61,7 @@ def _match(checkpoint: Checkpoint, family: Family, config: ModelConfig) -> dict[
         found = [_match_one(checkpoint, family, name, s) for name, s in zip(stored.names, shapes, strict=True)]
         sources[ours] = Source(replace(stored, names=tuple(found)), parameter)
     used = {name for source in sources.values() for name in source.stored.names}
-    extra = [name for name in sorted(present - used) if not family.may_hold(_usual(family, name), config)]
+    extra = [name for name in sorted(present - used) if not family.may_hold(_usual(family, name), config, used)]
     if extra:
         problem = f"is not part of this {family.name} model ({len(extra)} such)"
         raise UserError("tensor", ", ".join(extra[:3]), problem, "the tensors that config.json asks for")

@@ -1,6 +1,5 @@
 """config.json of models whose layers share transformer blocks: Zamba, Zamba2. Defaults are those of the HF classes."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,8 +19,10 @@ from .fields import (
     attention_heads,
     check_activation,
     dt_rank,
+    expanded,
     get,
     layer_kinds,
+    least_dt,
     mlp_activation,
     model_fields,
     rotary,
@@ -41,14 +42,26 @@ def _shared_attention(raw: Raw, hidden: int, **kwargs: Any) -> AttentionConfig:
     return AttentionConfig(heads, kv_heads, head_dim, d_in, (head_dim / 2) ** -0.5, **kwargs)
 
 
+_KINDS = ("linear_attention", "hybrid", "mamba")
+
+
+def _counted(raw: Raw, layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
+    count = get(raw, "num_hidden_layers", int, len(layers))
+    if count != len(layers):
+        raise UserError(
+            "config.json num_hidden_layers", count, "is not the number of layers_block_type", str(len(layers))
+        )
+    return layers
+
+
 def _zamba_layers(raw: Raw) -> tuple[Layer, ...]:
     """ZambaConfig's list, or the rule by which it is made."""
-    named, field = raw.get("layers_block_type") or raw.get("layer_types"), "layers_block_type"
+    named = raw.get("layers_block_type", raw.get("layer_types"))
     if named is None:
         period, offset = get(raw, "attn_layer_period", int, 6), get(raw, "attn_layer_offset", int, 4)
         rest = range(get(raw, "num_hidden_layers", int, 76) - 3)
         named = ["mamba", "mamba", "hybrid", *("hybrid" if i % period == offset else "mamba" for i in rest)]
-    return layer_kinds(named, field, ("linear_attention", "hybrid", "mamba"))
+    return _counted(raw, layer_kinds(named, "layers_block_type", _KINDS))
 
 
 def _shared_blocks(layers: tuple[Layer, ...], tied: bool, count: int, **kwargs: Any) -> SharedBlocksConfig:
@@ -69,13 +82,14 @@ def read_zamba(family: str, raw: Raw) -> ModelConfig:
         **common,
         layers=layers,
         mixer=Mamba1Config(
-            d_inner=int(get(raw, "mamba_expand", float, 2) * hidden),
+            d_inner=expanded(raw, hidden, "mamba_expand"),
             d_state=get(raw, "mamba_d_state", int, 16),
             d_conv=get(raw, "mamba_d_conv", int, 4),
             dt_rank=dt_rank(raw, "mamba_dt_rank", hidden),
             proj_bias=get(raw, "mamba_proj_bias", bool, False),
             conv_bias=get(raw, "mamba_conv_bias", bool, True),
             n_heads=get(raw, "n_mamba_heads", int, 2),
+            interleaved=True,
         ),
         attention=_shared_attention({"num_attention_heads": 16, **raw}, hidden),
         mlp=MLPConfig(get(raw, "intermediate_size", int, 14848), activation, gated=True),
@@ -90,9 +104,9 @@ def read_zamba2(family: str, raw: Raw) -> ModelConfig:
     """
     common = model_fields(family, raw, tied=True)
     hidden, bias = common["hidden_size"], get(raw, "add_bias_linear", bool, False)
-    named = raw.get("layers_block_type") or raw.get("layer_types")
-    layers = layer_kinds(named, "layers_block_type", ("linear_attention", "hybrid", "mamba"))
-    d_inner, heads = int(get(raw, "mamba_expand", float, 2) * hidden), get(raw, "n_mamba_heads", int, 8)
+    named = raw.get("layers_block_type", raw.get("layer_types"))
+    layers = _counted(raw, layer_kinds(named, "layers_block_type", _KINDS))
+    d_inner, heads = expanded(raw, hidden, "mamba_expand"), get(raw, "n_mamba_heads", int, 8)
     groups, rank = get(raw, "mamba_ngroups", int, 1), get(raw, "adapter_rank", int, 128)
     attention = _shared_attention(raw, hidden)
     with_rotary = {"rotary": rotary(raw, attention.head_dim)} if get(raw, "use_mem_rope", bool, False) else {}
@@ -109,7 +123,7 @@ def read_zamba2(family: str, raw: Raw) -> ModelConfig:
             norm=GatedNormConfig(1e-5, groups),
             in_bias=bias,
             out_bias=bias,
-            dt_limit=(get(raw, "time_step_min", float, 1e-3), math.inf),
+            dt_limit=least_dt(raw),
         ),
         attention=_shared_attention(raw, hidden, **with_rotary),
         mlp=MLPConfig(get(raw, "intermediate_size", int, 4 * hidden), activation, True, bias),

@@ -41,11 +41,16 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--top-k", type=int, default=0, help="sample among the k likeliest; 0 is off")
     parser.add_argument("--top-p", type=float, default=0.0, help="sample among the likeliest that sum to p; 0 is off")
-    parser.add_argument("--seed", type=int, default=0, help="of sampling: the same seed gives the same text")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of sampling: the same seed, prompts and limits give the same text"
+    )
     parser.add_argument("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16, float16")
     parser.add_argument("--tokenizer-model", metavar="FILE", help="a tokenizer.json, or a directory that has one")
     parser.add_argument("--max-sequence-length", type=int, default=32768, help="prompt and answer, in tokens")
     parser.add_argument("--max-requests", type=int, default=16, help="prompts that run at once; the others wait")
+    parser.add_argument(
+        "--max-cached-tokens", type=int, help="tokens of all prompts together with room for keys and values (hybrids)"
+    )
     parser.add_argument("--max-tokens", type=int, default=2048, help="tokens in one step; longer prompts go in chunks")
     parser.add_argument(
         "--json", nargs="?", const=STDOUT, metavar="FILE", help="a JSON report: instead of text, or into FILE beside it"
@@ -94,7 +99,10 @@ def run(args: argparse.Namespace) -> None:
         num_tokens_to_generate=args.max_new_tokens,
     )
     limits = CacheLimits(
-        max_requests=args.max_requests, max_tokens=args.max_tokens, max_sequence_length=args.max_sequence_length
+        max_requests=args.max_requests,
+        max_tokens=args.max_tokens,
+        max_sequence_length=args.max_sequence_length,
+        max_cached_tokens=args.max_cached_tokens,
     )
     llm = LLM.from_pretrained(
         args.load,

@@ -30,7 +30,7 @@ from .requests import (
     read_prompt,
     read_stop_words,
 )
-from .state import CacheLimits, inference_config
+from .state import CacheLimits, check_room, inference_config
 from .stopping import StopCondition
 from .tokenizer import NoTokenizer, TextTokenizer, load_tokenizer
 
@@ -66,9 +66,10 @@ class LLM:
     ) -> None:
         self.model, self.config, self.tokenizer = model, checkpoint.config, tokenizer
         self.limits = Limits(self.config.vocab_size, limits.max_sequence_length)
-        engine_config = inference_config(model, self.config, limits, model.pg_collection)
-        self.engine = DynamicEngine(model, engine_config, tokenizer)
         tp_group = model.pg_collection.tp
+        engine_config = inference_config(model, self.config, limits, model.pg_collection)
+        agree(lambda: check_room(engine_config, model.embedding.word_embeddings.weight.device), tp_group)
+        self.engine = DynamicEngine(model, engine_config, tokenizer)
         on_gpu = model.embedding.word_embeddings.weight.is_cuda
         self._watch = PeerWatch(tp_group) if on_gpu and tp_group.size() > 1 else None
         self._step = self._watch.step if self._watch else nullcontext
@@ -83,6 +84,7 @@ class LLM:
         tokenizer: str | Path | None = None,
         limits: CacheLimits | None = None,
         seed: int = 0,
+        exact_norm: bool = False,
     ) -> "LLM":
         """Load a Hugging Face or state-spaces checkpoint, each rank its share.
 
@@ -93,6 +95,7 @@ class LLM:
             tokenizer: a tokenizer.json, or a directory with one, if it is not in `path`.
             limits: how many requests and tokens run at once.
             seed: of the sampling generator, the same on every rank.
+            exact_norm: a Mamba-2 norm that spans ranks is finished before out_proj, by an all-reduce of its own.
 
         Raises:
             UserError: anything wrong with these or with the files; the same on every rank.
@@ -115,9 +118,8 @@ class LLM:
         limits = limits if limits is not None else CacheLimits()
         with lost_peers_reported(), megatron_on_cpu():
             checkpoint, params_dtype, words = agree(read_headers, groups.tp)
-            model = build_model(
-                checkpoint.config, groups, params_dtype, device, limits.max_sequence_length, sampling_seed=seed
-            )
+            length = limits.max_sequence_length
+            model = build_model(checkpoint.config, groups, params_dtype, device, length, seed, exact_norm)
             parameters = dict(model.named_parameters())
             with tqdm(total=len(parameters), desc="loading", disable=None if groups.tp.rank() == 0 else True) as bar:
                 load_parameters(parameters, checkpoint, groups.tp.rank(), tp, lambda name: bar.update())

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import psutil
 import torch
 from megatron.core.inference.config import InferenceConfig, MambaInferenceStateConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -13,7 +14,7 @@ from ..partition.layout import kv_bytes, state_bytes
 
 TOKEN_ROUNDER = 64  # DynamicInferenceContext.TOKEN_ROUNDER: other max_tokens fail in the middle of a prefill
 
-DEFAULT_CACHED_TOKENS = 65536
+DEFAULT_CACHED_TOKENS = 32768
 BLOCK_TOKENS = 256  # tokens of keys and values that are kept together; flash-attn wants multiples of it
 
 
@@ -28,7 +29,7 @@ class CacheLimits:
         max_sequence_length: prompt and answer of one request. State does not grow with it; without attention a phantom
             cache does, by two values a token.
         max_cached_tokens: tokens of all running requests together whose keys and values fit (models with attention);
-            who finds no room waits, or is put back and read again. At least one request's; None is 65536, or that.
+            who finds no room waits, or is put back and read again. At least one request's; None is 32768, or that.
         ssm_dtype: dtype of the recurrent state; float32 keeps the recurrence from gathering error.
     """
 
@@ -44,10 +45,10 @@ class CacheLimits:
         for field in ("max_requests", "max_tokens", "max_sequence_length"):
             value = getattr(self, field)
             least = 2 if field == "max_sequence_length" else 1
-            if not isinstance(value, int) or value < least:
+            if type(value) is not int or value < least:
                 raise UserError(field, value, "is out of range", f"an integer, {least} or more")
         cached, least = self.max_cached_tokens, self.max_sequence_length
-        if cached is not None and (not isinstance(cached, int) or cached < least):
+        if cached is not None and (type(cached) is not int or cached < least):
             legal = f"an integer, max_sequence_length ({least}) or more"
             raise UserError("max_cached_tokens", cached, "is out of range", legal)
 
@@ -74,6 +75,15 @@ def _attention_cache(config: ModelConfig, limits: CacheLimits, requests: int, tp
     # A request's last block is partly empty.
     blocks = -(-limits.cached_tokens // BLOCK_TOKENS) + requests
     return BLOCK_TOKENS, blocks, BLOCK_TOKENS * kv_bytes(config, tp, dtype.itemsize)
+
+
+def check_room(config: InferenceConfig, device: torch.device) -> None:
+    """Raises UserError unless the cache fits in what is free: failing to allocate it may end the process."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if config.buffer_size_gb * 1024**3 > free:
+        legal = "smaller max_requests, max_cached_tokens or max_sequence_length"
+        problem = f"does not fit beside the weights, {free / 1024**3:.2f} GiB are free"
+        raise UserError("cache", f"{config.buffer_size_gb:.2f} GiB", problem, legal)
 
 
 def inference_config(

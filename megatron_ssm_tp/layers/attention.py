@@ -12,6 +12,7 @@ Shape ledger on one of p ranks, T tokens, H heads of d channels, K heads of keys
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,7 @@ from megatron.core.inference.contexts import BaseInferenceContext
 from megatron.core.inference.utils import InferenceMode
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import deprecate_inference_params
@@ -130,7 +132,10 @@ class Attention(PartitionedModule):
 
     def _dense(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, offset: int) -> torch.Tensor:
         q, k, v = (t.transpose(0, 1) for t in (q, k, v))
-        return ops.attention(q, k, v, self.dims.scale, offset).transpose(0, 1)
+        dropout = self.config.attention_dropout if self.training else 0.0
+        # Ranks have different heads, so they draw differently: from the model-parallel generator.
+        with get_cuda_rng_tracker().fork() if dropout else nullcontext():
+            return ops.attention(q, k, v, self.dims.scale, offset, dropout).transpose(0, 1)
 
     def _static(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, context: BaseInferenceContext, number: int

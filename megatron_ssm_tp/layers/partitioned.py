@@ -26,11 +26,13 @@ class PartitionedModule(MegatronModule):
         tp_group: the ranks that the module is cut over.
 
     Raises:
-        UserError: the table cannot be shared by the group's ranks.
+        UserError: the table cannot be shared by the group's ranks, or the sequence would be shared too.
     """
 
     def __init__(self, config: TransformerConfig, table: Table, tp_group: dist.ProcessGroup) -> None:
         super().__init__(config)
+        if config.context_parallel_size > 1:
+            raise UserError("context_parallel_size", config.context_parallel_size, "is not implemented", "1")
         self.table, self.tp_group = table, tp_group
         check_tp((parameter.packing for parameter in table.values() if parameter.packing), tp_group.size())
 

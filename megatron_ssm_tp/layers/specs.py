@@ -65,6 +65,9 @@ def _mamba2_preset(config: TransformerConfig) -> Mamba2Config:
 
 
 def _attention_preset(config: TransformerConfig) -> AttentionConfig:
+    for field in ("window_size", "qk_layernorm", "attention_output_gate", "multi_latent_attention"):
+        if getattr(config, field, None):
+            raise UserError(field, getattr(config, field), "is not implemented by this attention", "None or False")
     return AttentionConfig(
         n_heads=config.num_attention_heads,
         n_kv_heads=config.num_query_groups,
@@ -136,9 +139,10 @@ def mamba2_stack_spec(mixer_config, exact_norm: bool = False) -> ModuleSpec:
     return stack_spec(ssm, attention_spec(_attention_preset), mlp_spec(_mlp_preset))
 
 
-def model_stack_spec(model: ModelConfig) -> ModuleSpec:
+def model_stack_spec(model: ModelConfig, exact_norm: bool = False) -> ModuleSpec:
     """The stack of a checkpoint's model, its layers as `model.layers` says, in `layers.model.SYMBOLS`."""
-    ssm = mamba1_spec(model.mixer) if isinstance(model.mixer, Mamba1Config) else mamba2_spec(model.mixer)
+    is_mamba1 = isinstance(model.mixer, Mamba1Config)
+    ssm = mamba1_spec(model.mixer) if is_mamba1 else mamba2_spec(model.mixer, exact_norm)
     attention = attention_spec(model.attention) if model.attention else None
     mlp = mlp_spec(model.mlp) if model.mlp else None
     if model.shared:

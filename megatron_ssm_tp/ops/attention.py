@@ -5,25 +5,32 @@ precision, else blocks of softmax. None loops over requests.
 """
 
 import importlib.util
+import itertools
+from functools import cache
 
 import torch
 import torch.nn.functional as F
-
-from .reference import dense_index, unpack
 
 SCORES = 1 << 27  # scores held at once by the softmax over blocks: half a GiB in float32
 FLASH_HEAD_DIM = 256
 
 
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, offset: int = 0) -> torch.Tensor:
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, offset: int = 0, dropout: float = 0.0
+) -> torch.Tensor:
     """Query i attends to keys 0 .. offset + i: q [b, l, H, d], k and v [b, L, Hkv, d] -> [b, l, H, d]."""
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     mask = None
     if offset:
         rows = torch.arange(q.shape[2], device=q.device)[:, None] + offset
         mask = rows >= torch.arange(k.shape[2], device=q.device)
-    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=True)
+    y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None, scale=scale, enable_gqa=True)
     return y.transpose(1, 2)
+
+
+@cache
+def _installed(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
 
 
 def _fits_flash(q: torch.Tensor) -> bool:
@@ -33,9 +40,9 @@ def _fits_flash(q: torch.Tensor) -> bool:
 
 def implementation(q: torch.Tensor, page: int) -> str:
     """Which of the three serves queries like q over pages of `page` tokens: "flash-attn", "torch varlen", "softmax"."""
-    if _fits_flash(q) and page % 256 == 0 and importlib.util.find_spec("flash_attn"):
+    if _fits_flash(q) and page % 256 == 0 and _installed("flash_attn"):
         return "flash-attn"
-    if _fits_flash(q) and importlib.util.find_spec("torch.nn.attention.varlen"):
+    if _fits_flash(q) and _installed("torch.nn.attention.varlen"):
         return "torch varlen"
     return "softmax"
 
@@ -95,20 +102,48 @@ def _key_index(page_table: torch.Tensor, lengths: torch.Tensor, page: int) -> to
 def _softmax_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, lengths: torch.Tensor, scale: float
 ) -> torch.Tensor:
-    """Packed q [T, H, d] over packed keys [S, Hkv, d], in float32, requests side by side, some queries at a time."""
-    queries, own, counts = dense_index(cu_seqlens)
-    keys, real, _ = dense_index(_cumulated(lengths))
-    k, v = (unpack(t, keys).float() for t in (k, v))  # [n, L, Hkv, d]
-    last = lengths - counts  # keys before the first query
-    block = max(1, SCORES // (k.shape[0] * k.shape[1] * q.shape[1]))
-    y = q.new_zeros(*queries.shape, *q.shape[1:])
-    for start in range(0, queries.shape[1], block):
-        part = slice(start, start + block)
-        dense = unpack(q, queries[:, part]).float().unflatten(2, (k.shape[2], -1))  # [n, l, Hkv, H / Hkv, d]
-        scores = torch.einsum("nlhgd,nmhd->nhglm", dense, k) * scale
-        row = torch.arange(start, start + dense.shape[1], device=q.device)
-        seen = torch.arange(k.shape[1], device=q.device) <= (last[:, None] + row)[..., None]
-        seen = (seen & real[:, None]).unsqueeze(1).unsqueeze(1)
-        weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
-        y[:, part] = torch.einsum("nhglm,nmhd->nlhgd", weights, v).flatten(2, 3).to(q.dtype)
-    return y[own]
+    """Packed q [T, H, d] over packed keys [S, Hkv, d], in float32, requests of like lengths side by side.
+
+    Within a factor of two in queries and in keys, so that padding at most doubles either: a long prompt beside short
+    ones, or beside requests that decode, costs what it would alone.
+    """
+    starts = zip(cu_seqlens.tolist(), _cumulated(lengths).tolist(), strict=True)
+    spans = list(itertools.pairwise(starts))
+    alike: dict[tuple[int, int], list] = {}
+    for (q0, k0), (q1, k1) in spans:
+        alike.setdefault(((q1 - q0).bit_length(), (k1 - k0).bit_length()), []).append((q0, q1, k0, k1))
+    y = torch.empty_like(q)
+    for group in alike.values():
+        queries, own = _rows([(q0, q1) for q0, q1, _, _ in group], q.device)
+        keys, real = _rows([(k0, k1) for _, _, k0, k1 in group], q.device)
+        y[queries[own]] = _padded_attention(q[queries], k[keys], v[keys], own.sum(1), real.sum(1), scale)[own]
+    return y
+
+
+def _rows(spans: list[tuple[int, int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions [n, longest] of each span, some other's where it is over, and which are its own (bool)."""
+    starts = torch.tensor([start for start, _ in spans], device=device)
+    lengths = torch.tensor([stop - start for start, stop in spans], device=device)
+    steps = torch.arange(max(stop - start for start, stop in spans), device=device)
+    own = steps < lengths[:, None]
+    return torch.where(own, starts[:, None] + steps, starts[:, None]), own
+
+
+def _padded_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, counts: torch.Tensor, lengths: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """q [n, l, H, d] over k, v [n, L, Hkv, d], of which `counts` and `lengths` [n] are real; some queries at a time."""
+    k, v = k.float(), v.float()
+    before = (lengths - counts)[:, None]  # keys before the first query
+    block = max(1, SCORES // (k.shape[0] * k.shape[1] * q.shape[2]))
+    y = torch.empty_like(q)
+    for start in range(0, q.shape[1], block):
+        part = q[:, start : start + block].float().unflatten(2, (k.shape[2], -1))  # [n, l, Hkv, H / Hkv, d]
+        scores = torch.einsum("nlhgd,nmhd->nhglm", part, k) * scale
+        row = torch.arange(start, start + part.shape[1], device=q.device)
+        # A row of padding sees what the last real one sees: it is dropped, and must not be NaN before.
+        last = torch.minimum(before + row, lengths[:, None] - 1)
+        seen = torch.arange(k.shape[1], device=q.device) <= last[..., None]
+        weights = scores.masked_fill(~seen[:, None, None], float("-inf")).softmax(-1)
+        y[:, start : start + block] = torch.einsum("nhglm,nmhd->nlhgd", weights, v).flatten(2, 3).to(q.dtype)
+    return y

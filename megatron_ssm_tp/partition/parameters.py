@@ -44,9 +44,9 @@ Table = dict[str, Parameter]
 def mamba1_parameters(mixer: Mamba1Config, hidden_size: int) -> Table:
     """Parameters of one Mamba-1 mixer by their names in `layers.mamba1_mixer.Mamba1Mixer`.
 
-    in_proj [2D, h] is packed x over z, or row by row in turn where there are several heads (HF ZambaMambaMixer);
-    conv1d, dt_proj, A_log and D follow x's channels; x_proj [R+2N, D] and out_proj [h, D] are cut by columns, so their
-    products are partial sums that the ranks reduce. A head's columns of x_proj act on its own channels only.
+    in_proj [2D, h] is packed x over z, or row by row in turn where the config says interleaved; conv1d, dt_proj, A_log
+    and D follow x's channels; x_proj [R+2N, D] and out_proj [h, D] are cut by columns, so their products are partial
+    sums that the ranks reduce. A head's columns of x_proj act on its own channels only.
     """
     d, n, r, heads = mixer.d_inner, mixer.d_state, mixer.dt_rank, mixer.n_heads
     if d % heads:
@@ -55,7 +55,7 @@ def mamba1_parameters(mixer: Mamba1Config, hidden_size: int) -> Table:
     def channels(name: str) -> Band:
         return Band(name, d, dimension="d_inner", sections=heads)
 
-    xz = Packing((channels("x"), channels("z")), interleaved=heads > 1)
+    xz = Packing((channels("x"), channels("z")), interleaved=mixer.interleaved)
     inner = Packing((channels("d_inner"),))
     table = {
         "in_proj.weight": Parameter((2 * d, hidden_size), 0, xz),
