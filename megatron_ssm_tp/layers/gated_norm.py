@@ -75,6 +75,8 @@ class GatedRMSNorm(nn.Module):
         self.width = d_inner // config.groups
         self.case = norm_case(config.groups, tp_group.size(), dtype, exact)
         self.group_ranks = sharers(tp_group, config.groups) if self.case is NormCase.REDUCED else None
+        # DEFERRED: how many columns beside the product carry sums of squares
+        self.columns = sum_columns(_dtype_name(dtype), tp_group.size())
         self.weight = nn.Parameter(torch.ones(d_inner // tp_group.size(), dtype=dtype, device=device))
         self.weight.tensor_model_parallel, self.weight.partition_dim, self.weight.partition_stride = True, 0, 1
 
@@ -118,8 +120,7 @@ class GatedRMSNorm(nn.Module):
 
     def unpack(self, packed: torch.Tensor) -> torch.Tensor:
         """DEFERRED: the product [.., h] of the reduced `packed_product`."""
-        columns = sum_columns(_dtype_name(packed.dtype), self.tp_group.size())
-        product, sums = packed.split([packed.shape[-1] - columns, columns], dim=-1)
+        product, sums = packed.split([packed.shape[-1] - self.columns, self.columns], dim=-1)
         mean = sums.float().sum(-1, keepdim=True)
         return (product.float() * torch.rsqrt(mean + self.config.eps)).to(packed.dtype)
 

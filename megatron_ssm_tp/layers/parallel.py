@@ -80,12 +80,13 @@ class ParallelMixer(MegatronModule):
         if complete is None:
             out = self._reduced(ssm * for_ssm + attention * for_attention)
         else:
-            both = self._reduced(torch.cat([ssm, attention], dim=-1))
-            ssm, attention = both.split([ssm.shape[-1], self.d_model], dim=-1)
+            both = self._reduced(torch.cat([attention, ssm], dim=-1), self.ssm.norm.columns)
+            attention, ssm = both.split([self.d_model, ssm.shape[-1]], dim=-1)
             out = complete(ssm) * for_ssm + attention * for_attention
         biases = self.ssm.out_proj.bias, self.attention.out_proj.bias
         scaled = [bias * m for bias, m in zip(biases, self.multipliers, strict=True) if bias is not None]
         return out, sum(scaled[1:], scaled[0]) if scaled else None
 
-    def _reduced(self, partial: torch.Tensor) -> torch.Tensor:
-        return reduce_partial(partial, self.tp_group, self.config.sequence_parallel)
+    def _reduced(self, partial: torch.Tensor, exact_columns: int = 0) -> torch.Tensor:
+        """The one reduction of both products, at the site of the SSM's out_proj."""
+        return reduce_partial(self.ssm.out_proj, partial, exact_columns)

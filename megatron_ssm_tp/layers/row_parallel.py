@@ -1,13 +1,49 @@
-"""Row-parallel products taken apart: the partial sums of a rank, and their reduction."""
+"""Row-parallel linears whose reduction follows a recipe, and their products taken apart: a rank's part, and the sum.
+
+A site is a linear's module name, such as decoder.layers.3.mixer.out_proj. The recipe of its reduction is that of an
+`allreduce_autocast` around the forward pass, or else of the book that `set_recipes` gave the model; without either it is
+Megatron's own all-reduce, to the bit. Reduce-scatters of sequence parallelism are never quantized.
+"""
 
 import torch
-import torch.distributed as dist
 from megatron.core.tensor_parallel import RowParallelLinear
 from megatron.core.tensor_parallel.layers import linear_with_grad_accumulation_and_async_allreduce
 from megatron.core.tensor_parallel.mappings import (
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
 )
+from torch import nn
+
+from ..comm import mappings
+from ..comm.autocast import recipe_of
+from ..comm.recipe_book import RecipeBook
+from ..comm.recipes import AllReduceRecipe
+
+
+class RecipeRowParallelLinear(RowParallelLinear):
+    """Megatron's RowParallelLinear, reduced by its site's recipe where there is one. `name` is the site."""
+
+    recipes: RecipeBook | None = None
+
+    def __init__(self, *args, name: str | None = None, **kwargs) -> None:
+        super().__init__(*args, name=name, **kwargs)
+        self.site = name or ""
+
+    def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """input_ [.., d/p] -> [.., h], and the bias where skip_bias_add is set."""
+        if _recipe(self) is None:
+            return super().forward(input_)
+        out = reduce_partial(self, partial_product(self, input_))
+        if self.skip_bias_add or self.bias is None:
+            return out, self.bias if self.skip_bias_add else None
+        return out + self.bias, None
+
+
+def _recipe(linear: nn.Module) -> AllReduceRecipe | None:
+    """The recipe that `linear`'s reduction follows now; None for linears of other makes (Transformer Engine's)."""
+    if not isinstance(linear, RecipeRowParallelLinear) or linear.sequence_parallel or linear.tp_group.size() == 1:
+        return None
+    return recipe_of(linear.site, linear.tp_group, linear.recipes)
 
 
 def partial_product(linear: RowParallelLinear, x: torch.Tensor) -> torch.Tensor:
@@ -22,8 +58,22 @@ def partial_product(linear: RowParallelLinear, x: torch.Tensor) -> torch.Tensor:
     )
 
 
-def reduce_partial(partial: torch.Tensor, group: dist.ProcessGroup, sequence_parallel: bool) -> torch.Tensor:
-    """The sum over the ranks: [l, b, h], or [l/p, b, h] under sequence parallelism."""
-    if sequence_parallel:
-        return reduce_scatter_to_sequence_parallel_region(partial, group=group)
-    return reduce_from_tensor_model_parallel_region(partial, group=group)
+def reduce_partial(linear: RowParallelLinear, partial: torch.Tensor, exact_columns: int = 0) -> torch.Tensor:
+    """The sum of a product of `linear`'s over the ranks: [l, b, h], or [l/p, b, h] under sequence parallelism.
+
+    A recipe leaves the last `exact_columns` columns as they are.
+    """
+    if linear.sequence_parallel:
+        return reduce_scatter_to_sequence_parallel_region(partial, group=linear.tp_group)
+    recipe = _recipe(linear)
+    if recipe is None:
+        return reduce_from_tensor_model_parallel_region(partial, group=linear.tp_group)
+    return mappings.reduce_from_tensor_model_parallel_region(partial, linear.tp_group, recipe, exact_columns)
+
+
+def set_recipes(model: nn.Module, recipes: RecipeBook | None) -> list[str]:
+    """Have every RecipeRowParallelLinear of `model` follow `recipes`; returns the sites, in the model's order."""
+    linears = [module for module in model.modules() if isinstance(module, RecipeRowParallelLinear)]
+    for linear in linears:
+        linear.recipes = recipes
+    return [linear.site for linear in linears]
