@@ -187,7 +187,7 @@ def test_state_spaces_original_is_the_same_model(world, tiny, tmp_path):
 
 @pytest.mark.parametrize("before", [False, True], ids=["gate first", "norm first"])
 def test_state_spaces_norms_by_group_in_either_order(world, tiny, tmp_path, before):
-    """No other implementation runs here: one rank, where the norm is plain, is the referee of those that share groups."""
+    """No other implementation runs here: one rank, where the norm is plain, is the referee of those that share."""
     model, ids = tiny("mamba2", n_groups=2, tied=True), ids_of(40)
     tensors = load_file(model.path / "model.safetensors")
     torch.save(tensors, tmp_path / "pytorch_model.bin")
