@@ -185,6 +185,23 @@ def test_state_spaces_original_is_the_same_model(world, tiny, tmp_path):
         assert np.array_equal(logits, expected)
 
 
+@pytest.mark.parametrize("before", [False, True], ids=["gate first", "norm first"])
+def test_state_spaces_norms_by_group_in_either_order(world, tiny, tmp_path, before):
+    """No other implementation runs here: one rank, where the norm is plain, is the referee of those that share."""
+    model, ids = tiny("mamba2", n_groups=2, tied=True), ids_of(40)
+    tensors = load_file(model.path / "model.safetensors")
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    ssm = {"layer": "Mamba2", "d_state": 5, "headdim": 9, "ngroups": 2, "norm_before_gate": before}
+    config = {"d_model": 36, "n_layer": 3, "vocab_size": 101, "pad_vocab_size_multiple": 1, "ssm_cfg": ssm}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    [expected] = world(1).run(jobs.logits, tmp_path, ids)
+    [full_width] = world(1).run(jobs.logits, model.path, ids)
+    assert np.abs(expected - full_width).max() > 1e-2 * np.abs(expected).max()
+    for tp in (2, 4, 8):
+        for logits in world(tp).run(jobs.logits, tmp_path, ids):
+            assert np.abs(logits - expected).max() < 1e-4 * np.abs(expected).max(), tp
+
+
 def test_legal_sizes(tiny):
     config = open_model(tiny("mamba2", n_groups=2, tied=False).path).config
     assert legal_tp_sizes(config) == [1, 2, 4, 8]
