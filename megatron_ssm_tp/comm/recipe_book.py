@@ -22,7 +22,7 @@ from typing import Any
 from megatron.core.quantization.quant_config import GlobMatcher, MatchContext, RecipeConfig
 
 from ..errors import UserError
-from .recipes import RECIPE_NAMES, AllReduceRecipe, recipe_by_name
+from .recipes import FIELDS, RECIPE_NAMES, AllReduceRecipe, recipe_by_name
 
 X_PROJ = "x_proj"
 _MATCHER_FIELDS = ("type", "pattern", "config", "enabled")
@@ -88,7 +88,7 @@ class RecipeBook:
 
 
 def _recipe(name: str, payload: Any) -> AllReduceRecipe | None:
-    _keys(f"configs.{name}", payload, None)
+    _keys(f"configs.{name}", payload, ("recipe", *FIELDS))
     fields = dict(payload)
     kind = fields.pop("recipe", None)
     if not isinstance(kind, str):
@@ -113,9 +113,9 @@ def _check_matcher(name: str, matcher: Any, recipes: dict[str, AllReduceRecipe |
 
 
 def _keys(name: str, found: Any, legal: tuple[str, ...] | None) -> None:
-    """A mapping from strings, of these if any are given."""
+    """A mapping; with these keys and no others, if any are given."""
     if not isinstance(found, dict):
         raise UserError(name, found, "no mapping", "a mapping" + (f" with {', '.join(legal)}" if legal else ""))
-    for key in found:
-        if not isinstance(key, str) or (legal is not None and key not in legal):
-            raise UserError(name, key, "unknown key", ", ".join(legal) if legal else "names")
+    for key in found if legal else ():
+        if key not in legal:
+            raise UserError(name, key, "unknown key", ", ".join(legal))

@@ -75,8 +75,11 @@ class AllReduceRecipe:
 
 @dataclass(frozen=True)
 class Bf16(AllReduceRecipe):
-    """No quantization: values travel as bfloat16 and are summed in float32 in rank order, rounded once where they are
-    summed (a two-step reduction sends that rounded sum). Blocks are only the unit in which a tensor is cut."""
+    """No quantization: values travel as bfloat16, are summed in float32 in rank order, and only the sum is rounded.
+
+    Blocks are only the unit in which a tensor is cut. Tensors of other dtypes are rounded to bfloat16 first: float32
+    above 3.39e38 becomes Inf by it, and so does float16 from 65408 on.
+    """
 
     name: ClassVar[str] = "bf16"
     code_bits: ClassVar[int] = 16
