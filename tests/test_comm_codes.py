@@ -66,7 +66,15 @@ def test_nan_and_inf_arrive_in_their_places_and_spare_their_neighbours(recipe, v
 
 
 @pytest.mark.parametrize("recipe", QUANTIZING, ids=by_name)
-def test_the_bound_is_no_wider_than_the_readme_of_the_format(recipe):
+@pytest.mark.parametrize("power", [-115, -60, 60, 125])
+def test_values_of_any_magnitude_have_the_same_codes(recipe, power):
+    values = torch.randn(4, 16, generator=torch.Generator().manual_seed(3)).clamp(-4, 4)
+    (codes, scales), (others, other_scales) = (encode_blocks(values * f, recipe.name) for f in (1.0, 2.0**power))
+    assert torch.equal(codes, others) and torch.equal(scales * 2.0**power, other_scales)
+
+
+@pytest.mark.parametrize("recipe", QUANTIZING, ids=by_name)
+def test_the_bound_is_no_wider_than_what_the_recipe_promises(recipe):
     values = torch.linspace(-3, 3, 16).view(1, 16)
     share = {"int8": 1 / 254, "fp8": 1 / 16, "int4": 1 / 14}[recipe.name]
     assert (rounding_bound(values, recipe) <= share * 3 * 1.001).all()
