@@ -31,13 +31,11 @@ def encode_tile(values, FORMAT: tl.constexpr):
     magnitudes = values.to(tl.int32, bitcast=True) & 0x7FFFFFFF  # floats of one sign are ordered as integers
     largest = tl.max(magnitudes, axis=1)
     special = largest >= _INF_BITS
-    kept = values
     any_special = tl.max(largest, axis=0) >= _INF_BITS
     if any_special:
         largest = tl.max(tl.where(magnitudes < _INF_BITS, magnitudes, 0), axis=1)
-        kept = tl.where(magnitudes < _INF_BITS, values, 0.0)
     scales = tl.maximum(largest.to(tl.float32, bitcast=True) * _step(special, FORMAT), _SMALLEST_SCALE)
-    codes = _to_bits(kept * tl.div_rn(1.0, scales)[:, None], FORMAT)
+    codes = _to_bits(values * tl.div_rn(1.0, scales)[:, None], FORMAT)
     if any_special:
         codes = _set_aside(codes, values, magnitudes, FORMAT)
         scales = tl.where(special, -scales, scales)
