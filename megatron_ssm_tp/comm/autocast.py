@@ -1,0 +1,72 @@
+"""allreduce_autocast: quantized tensor-parallel all-reduces for what runs inside a `with`.
+
+Source of the idea: transformer_engine.pytorch.autocast, which saves and restores in the same way. Ours keeps its state
+in a context variable: threads and asyncio tasks do not see each other's. A thread started inside the `with` starts
+without it, and so does autograd's own thread when it recomputes activations: there, give sites recipes of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import NamedTuple
+
+import torch.distributed as dist
+
+from ..errors import UserError
+from .recipe_book import RecipeBook
+from .recipes import AllReduceRecipe, Int8BlockScaling
+
+
+class _Setting(NamedTuple):
+    book: RecipeBook | None  # None: off
+    group: dist.ProcessGroup | None  # None: any
+
+
+_settings: ContextVar[tuple[_Setting, ...]] = ContextVar("allreduce_autocast", default=())
+
+
+@contextmanager
+def allreduce_autocast(
+    enabled: bool = True,
+    recipe: AllReduceRecipe | RecipeBook | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> Iterator[None]:
+    """Within the context, row-parallel reductions follow `recipe` whatever recipe their layer was built with.
+
+    Contexts nest: for each group the innermost one that applies to it decides. The state before is restored on the way
+    out, also of an exception. All ranks of a group must enter alike.
+
+    Args:
+        enabled: False turns quantization off within.
+        recipe: for all sites but x_proj's, or a book of recipes by site; Int8BlockScaling() if none is given.
+        group: only reductions over this process group; all groups if none is given.
+
+    Raises:
+        UserError: `recipe` or `group` is something else.
+    """
+    recipe = Int8BlockScaling() if recipe is None else recipe
+    if isinstance(recipe, AllReduceRecipe):
+        recipe = RecipeBook.everywhere(recipe)
+    if not isinstance(recipe, RecipeBook):
+        raise UserError("recipe", recipe, "no recipe", "an AllReduceRecipe such as Int8BlockScaling(), a RecipeBook")
+    if group is not None and not isinstance(group, dist.ProcessGroup):
+        raise UserError("group", group, "no process group of this rank", "a torch.distributed.ProcessGroup, None")
+    token = _settings.set((*_settings.get(), _Setting(recipe if enabled else None, group)))
+    try:
+        yield
+    finally:
+        _settings.reset(token)
+
+
+def recipe_of(site: str, group: dist.ProcessGroup, own: RecipeBook | None = None) -> AllReduceRecipe | None:
+    """The recipe of the reduction at `site` over `group` now: a context's, or else that of the model's `own` book.
+
+    Returns:
+        None: Megatron's own all-reduce.
+    """
+    for setting in reversed(_settings.get()):
+        if setting.group is None or setting.group == group:
+            return setting.book.recipe_for(site) if setting.book is not None else None
+    return own.recipe_for(site) if own is not None else None

@@ -1,0 +1,52 @@
+"""Who carries a quantized all-reduce: the first backend, in order, that can."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from ..errors import UserError
+from . import collectives
+from .recipes import AllReduceRecipe
+
+
+class Backend(NamedTuple):
+    """A way to reduce.
+
+    supports(x, group, recipe) -> (ok, reason): the same answer on every rank of the group.
+    all_reduce(x, group, recipe, exact_columns=0) -> the sum, as collectives.all_reduce gives it.
+    """
+
+    supports: Callable[[torch.Tensor, dist.ProcessGroup, AllReduceRecipe], tuple[bool, str]]
+    all_reduce: Callable[..., torch.Tensor]
+
+
+BACKENDS = {
+    "collective": Backend(lambda x, group, recipe: recipe.supports(x.dtype, group), collectives.all_reduce),
+}
+
+
+def choose(x: torch.Tensor, group: dist.ProcessGroup, recipe: AllReduceRecipe) -> Backend:
+    """The backend that the recipe names, or with "auto" the first that supports it.
+
+    Raises:
+        UserError: the one that is named does not, or none does.
+    """
+    names = list(BACKENDS) if recipe.backend == "auto" else [recipe.backend]
+    reason = ""
+    for name in names:
+        if name not in BACKENDS:
+            reason = "is not part of this installation"
+            continue
+        ok, reason = BACKENDS[name].supports(x, group, recipe)
+        if ok:
+            return BACKENDS[name]
+    raise UserError("backend", recipe.backend, f"cannot reduce this: {reason}", f"auto, {', '.join(BACKENDS)}")
+
+
+def all_reduce(
+    x: torch.Tensor, group: dist.ProcessGroup, recipe: AllReduceRecipe, exact_columns: int = 0
+) -> torch.Tensor:
+    """collectives.all_reduce by the backend of `choose`."""
+    return choose(x, group, recipe).all_reduce(x, group, recipe, exact_columns=exact_columns)

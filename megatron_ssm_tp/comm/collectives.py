@@ -1,0 +1,114 @@
+"""The backend "collective": quantized all-reduces out of the collectives that every process group has (gloo, NCCL).
+
+p ranks, a tensor of B bytes of codes and scales. Two ways, chosen by bytes:
+
+    one-shot  all-gather of all codes; each rank decodes and sums all p             (p - 1) B received, one rounding
+    two-shot  all-to-all of parts; each rank decodes, sums and encodes its part;
+              all-gather of the sums' codes                               2 (p - 1) / p B received, two roundings
+
+At p = 2 both receive the same, so one-shot; beyond, one-shot spares a collective and pays (p - 1)(p - 2) / p B for it.
+
+Either way every rank ends with the same bits: what is decoded was encoded by one rank for all, its own tensor included,
+and contributions are summed in float32 in the order of ranks. It takes ranks that run the same code: all on GPUs of
+one kind, or all on CPUs.
+"""
+
+import torch
+import torch.distributed as dist
+
+from ..errors import UserError
+from .quantize import Layout, decode_sum, encode, sum_and_encode
+from .recipes import DTYPES, AllReduceRecipe, legal_dtypes
+
+ONE_SHOT_EXTRA_BYTES = 1 << 18  # what a collective's launch is worth: some 10 us at 25 GB/s
+
+
+def all_reduce(
+    x: torch.Tensor,
+    group: dist.ProcessGroup,
+    recipe: AllReduceRecipe,
+    *,
+    exact_columns: int = 0,
+    one_shot_extra_bytes: int = ONE_SHOT_EXTRA_BYTES,
+) -> torch.Tensor:
+    """The sum of x over the group's ranks, quantized on the wire.
+
+    Args:
+        x: [.., h], bfloat16, float16 or float32, any strides; the same shape and dtype on every rank. Not changed.
+        group: this rank's process group.
+        recipe: the format; all ranks must give the same one.
+        exact_columns: this many last columns of x travel as they are, beside the codes, and are summed in float32.
+        one_shot_extra_bytes: one-shot is used while it receives no more bytes than this beyond what two-shot does.
+
+    Returns:
+        A new contiguous tensor of x's shape and dtype, the same bits on every rank.
+
+    Raises:
+        UserError: the dtype, the group or exact_columns is not legal.
+    """
+    _check(x, group, recipe, exact_columns)
+    p = group.size()
+    if p == 1 or x.numel() == 0:
+        return x.clone(memory_format=torch.contiguous_format)
+    kept = x.shape[-1] - exact_columns if x.dim() else 1
+    values, exact = (x[..., :kept], x[..., kept:]) if exact_columns else (x, x.new_empty(0))
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out_values = out[..., :kept] if exact_columns else out
+    extra = recipe.bytes_of(values.numel()) * (p - 1) * (p - 2) // p
+    reduce = _one_shot if extra <= one_shot_extra_bytes else _two_shot
+    sums = reduce(values, exact, group, recipe, out_values)
+    if exact_columns:
+        out[..., kept:] = sums.view(exact.shape)
+    return out
+
+
+def _one_shot(
+    values: torch.Tensor, exact: torch.Tensor, group: dist.ProcessGroup, recipe: AllReduceRecipe, out: torch.Tensor
+) -> torch.Tensor:
+    """Fills `out`; returns the exact values' sums."""
+    layout = Layout(recipe, values.numel(), 1, exact.numel() * exact.element_size())
+    payload = encode(values, layout)
+    layout.exact(payload, exact.dtype).copy_(exact.reshape(1, -1))
+    gathered = payload.new_empty(group.size(), layout.part_bytes)
+    dist.all_gather_into_tensor(gathered, payload, group=group)
+    decode_sum(gathered.unsqueeze(1), layout, out)
+    return _sum_exact(layout.exact(gathered, exact.dtype))
+
+
+def _two_shot(
+    values: torch.Tensor, exact: torch.Tensor, group: dist.ProcessGroup, recipe: AllReduceRecipe, out: torch.Tensor
+) -> torch.Tensor:
+    """Fills `out`; returns the exact values' sums."""
+    p = group.size()
+    exact_a_part = -(-exact.numel() // p)
+    layout = Layout(recipe, values.numel(), p, exact_a_part * exact.element_size())
+    payload = encode(values, layout)
+    padded = torch.cat([exact.reshape(-1), exact.new_zeros(p * exact_a_part - exact.numel())])
+    layout.exact(payload, exact.dtype).copy_(padded.view(p, -1))
+    received = torch.empty_like(payload)
+    dist.all_to_all_single(received, payload, group=group)
+    summed = sum_and_encode(received.unsqueeze(1), layout.one_part())
+    layout.exact(summed, exact.dtype).copy_(_sum_exact(layout.exact(received, exact.dtype)).unsqueeze(0))
+    gathered = torch.empty_like(payload)
+    dist.all_gather_into_tensor(gathered, summed, group=group)
+    decode_sum(gathered.unsqueeze(0), layout, out)
+    return layout.exact(gathered, exact.dtype).flatten()[: exact.numel()]
+
+
+def _sum_exact(contributions: torch.Tensor) -> torch.Tensor:
+    """[p, n] -> [n]: summed in float32 in rank order."""
+    total = contributions[0].float()
+    for contribution in contributions[1:]:
+        total = total + contribution.float()
+    return total.to(contributions.dtype)
+
+
+def _check(x: torch.Tensor, group: dist.ProcessGroup, recipe: AllReduceRecipe, exact_columns: int) -> None:
+    if x.dtype not in DTYPES:
+        raise UserError("dtype", x.dtype, "cannot be reduced by a recipe", legal_dtypes())
+    ok, reason = recipe.supports(x.dtype, group)
+    if not ok:
+        raise UserError("group", group, reason, "a torch.distributed.ProcessGroup that this rank belongs to")
+    columns = x.shape[-1] if x.dim() else 1
+    if not 0 <= exact_columns < max(columns, 1):
+        raise UserError("exact_columns", exact_columns, f"x has {columns} columns", f"0 to {max(columns - 1, 0)}")

@@ -1,0 +1,49 @@
+"""Megatron's reduce_from_tensor_model_parallel_region, with a recipe."""
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel import mappings as megatron
+
+from .backends import all_reduce
+from .recipes import AllReduceRecipe
+
+
+class _ReduceFromModelParallelRegion(torch.autograd.Function):
+    """Forward: quantized all-reduce; backward: identity."""
+
+    @staticmethod
+    def forward(
+        ctx, x: torch.Tensor, group: dist.ProcessGroup, recipe: AllReduceRecipe, exact_columns: int
+    ) -> torch.Tensor:
+        return all_reduce(x, group, recipe, exact_columns)
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        return gradient, None, None, None
+
+
+def reduce_from_tensor_model_parallel_region(
+    x: torch.Tensor,
+    group: dist.ProcessGroup,
+    recipe: AllReduceRecipe | None = None,
+    exact_columns: int = 0,
+) -> torch.Tensor:
+    """Forward: all-reduce, quantized by `recipe`; backward: identity.
+
+    Without a recipe, below its min_bytes, or for a dtype that it does not support this is Megatron's own function, to
+    the bit (and as there a contiguous x is then overwritten). A quantized reduction leaves x alone.
+
+    Args:
+        x: [.., h], this rank's partial sums.
+        group: the ranks to sum over; of one rank alone, x is returned.
+        recipe: see recipes.py; the same on every rank.
+        exact_columns: this many last columns of x are not quantized.
+
+    Raises:
+        UserError: the recipe names a backend that cannot reduce this, or exact_columns is not legal.
+    """
+    if group.size() == 1:
+        return x
+    if recipe is None or x.numel() * x.element_size() < recipe.min_bytes or not recipe.supports(x.dtype, group)[0]:
+        return megatron.reduce_from_tensor_model_parallel_region(x, group=group)
+    return _ReduceFromModelParallelRegion.apply(x, group, recipe, exact_columns)

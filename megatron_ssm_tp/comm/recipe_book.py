@@ -1,0 +1,121 @@
+"""Which recipe each row-parallel reduction of a model uses.
+
+A file says it in the grammar of Megatron's RecipeConfig (megatron.core.quantization): named configs, and matchers that
+are tried in order against the site's module name, such as decoder.layers.3.mixer.out_proj.
+
+    configs:
+      small:  {recipe: int8, block_size: 64}
+    matchers:
+      last:   {type: glob, pattern: "decoder.layers.63.*", config: none, enabled: true}
+      others: {type: glob, pattern: "*", config: small, enabled: true}
+
+The formats' names (none, bf16, int8, fp8, int4) are configs without being listed. As in Megatron a matcher without
+`enabled: true` is passed over, and a site that none matches is not quantized. One rule is ours: an x_proj feeds an
+exponential, so a matcher concerns it only if its pattern has the letters "x_proj" in it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from megatron.core.quantization.quant_config import GlobMatcher, MatchContext, RecipeConfig
+
+from ..errors import UserError
+from .recipes import FIELDS, RECIPE_NAMES, AllReduceRecipe, recipe_by_name
+
+X_PROJ = "x_proj"
+_MATCHER_FIELDS = ("type", "pattern", "config", "enabled")
+
+
+class RecipeBook:
+    """Recipes by site.
+
+    Args:
+        rules: a RecipeConfig whose matchers are globs.
+        recipes: what the rules' config names stand for.
+    """
+
+    def __init__(self, rules: RecipeConfig, recipes: dict[str, AllReduceRecipe | None]) -> None:
+        self._rules, self._recipes = rules, recipes
+        self._x_proj_rules = RecipeConfig([m for m in rules.matchers if X_PROJ in m.pattern], rules.configs)
+        self._found: dict[str, AllReduceRecipe | None] = {}  # sites are few, and asked for at every forward pass
+
+    @classmethod
+    def everywhere(cls, recipe: AllReduceRecipe | None) -> RecipeBook:
+        """One recipe for all sites but x_proj's."""
+        return cls(RecipeConfig([GlobMatcher("*", "all")], {"all": {}}), {"all": recipe})
+
+    @classmethod
+    def from_yaml_file(cls, path: str | Path) -> RecipeBook:
+        """Raises UserError: no such file, not YAML, or not what `from_config_dict` takes."""
+        import yaml
+
+        try:
+            config = yaml.safe_load(Path(path).read_text())
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError("tp_allreduce_cfg", str(path), f"cannot be read ({error})", "a YAML file") from None
+        except yaml.YAMLError as error:
+            problem = "is not YAML: " + " ".join(str(error).split())
+            raise UserError("tp_allreduce_cfg", str(path), problem, "a YAML file with configs and matchers") from None
+        return cls.from_config_dict(config)
+
+    @classmethod
+    def from_config_dict(cls, config: dict[str, Any]) -> RecipeBook:
+        """From what a file holds: {"configs": {name: payload}, "matchers": {name: matcher}}.
+
+        Raises:
+            UserError: anything that Megatron's RecipeConfig would trip over later, or pass over.
+        """
+        _keys("recipe file", config, ("configs", "matchers"))
+        payloads = {name: {"recipe": name} for name in RECIPE_NAMES} | (config.get("configs") or {})
+        matchers = config.get("matchers") or {}
+        _keys("configs", payloads, None)
+        _keys("matchers", matchers, None)
+        recipes = {name: _recipe(name, payload) for name, payload in payloads.items()}
+        for name, matcher in matchers.items():
+            _check_matcher(f"matchers.{name}", matcher, recipes)
+        rules = RecipeConfig.from_config_dict({"configs": payloads, "matchers": matchers})
+        return cls(rules, recipes)
+
+    def recipe_for(self, site: str) -> AllReduceRecipe | None:
+        """The recipe of the reduction whose module is named `site`; None: Megatron's own all-reduce."""
+        if site not in self._found:
+            rules = self._x_proj_rules if X_PROJ in site.split(".") else self._rules
+            key = rules.match_to_config_key(MatchContext(module_path=site, layer_number=None))
+            self._found[site] = None if key is None else self._recipes[key]
+        return self._found[site]
+
+
+def _recipe(name: str, payload: Any) -> AllReduceRecipe | None:
+    _keys(f"configs.{name}", payload, ("recipe", *FIELDS))
+    fields = dict(payload)
+    kind = fields.pop("recipe", None)
+    if not isinstance(kind, str):
+        raise UserError(f"configs.{name}.recipe", kind, "unknown format", ", ".join(RECIPE_NAMES))
+    try:
+        return recipe_by_name(kind, **fields)
+    except UserError as error:
+        raise UserError(f"configs.{name}.{error.field}", error.value, error.problem, error.legal) from None
+
+
+def _check_matcher(name: str, matcher: Any, recipes: dict[str, AllReduceRecipe | None]) -> None:
+    _keys(name, matcher, _MATCHER_FIELDS)
+    if matcher.get("type") != "glob":
+        raise UserError(f"{name}.type", matcher.get("type"), "unknown kind of matcher", "glob")
+    if not isinstance(matcher.get("pattern"), str):
+        raise UserError(f"{name}.pattern", matcher.get("pattern"), "no pattern", "a glob on module names")
+    config = matcher.get("config")
+    if not isinstance(config, str) or config not in recipes:
+        raise UserError(f"{name}.config", config, "unknown config", ", ".join(recipes))
+    if not isinstance(matcher.get("enabled", False), bool):
+        raise UserError(f"{name}.enabled", matcher["enabled"], "no yes or no", "true, false")
+
+
+def _keys(name: str, found: Any, legal: tuple[str, ...] | None) -> None:
+    """A mapping; with these keys and no others, if any are given."""
+    if not isinstance(found, dict):
+        raise UserError(name, found, "no mapping", "a mapping" + (f" with {', '.join(legal)}" if legal else ""))
+    for key in found if legal else ():
+        if key not in legal:
+            raise UserError(name, key, "unknown key", ", ".join(legal))
