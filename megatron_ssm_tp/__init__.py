@@ -15,6 +15,12 @@ _LAZY = {
     "GenerationOutput": "megatron_ssm_tp.inference.requests",
     "CacheLimits": "megatron_ssm_tp.inference.state",
     "SamplingParams": "megatron.core.inference.sampling_params",
+    "Bf16": "megatron_ssm_tp.comm.recipes",
+    "Int8BlockScaling": "megatron_ssm_tp.comm.recipes",
+    "Float8BlockScaling": "megatron_ssm_tp.comm.recipes",
+    "Int4BlockScaling": "megatron_ssm_tp.comm.recipes",
+    "RecipeBook": "megatron_ssm_tp.comm.recipe_book",
+    "allreduce_autocast": "megatron_ssm_tp.comm.autocast",
     "UserError": "megatron_ssm_tp.errors",
     "PeerLostError": "megatron_ssm_tp.errors",
 }

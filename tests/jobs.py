@@ -315,3 +315,9 @@ def shared_rows_after_initialization(groups_count: int) -> list[np.ndarray]:
         parameters["in_proj.weight"][2 * own : 2 * own + size].numpy(),
         parameters["conv1d_weight"][own : own + size].numpy(),
     ]
+
+
+def greedy_by_recipe(path: Path, prompts: list, count: int, recipe: object) -> list[list[int]]:
+    params = SamplingParams(temperature=0, num_tokens_to_generate=count, termination_id=-1)
+    with LLM.from_pretrained(path, dtype="float32", tp_allreduce=recipe) as model:
+        return [output.token_ids for output in model.generate(prompts, params)]

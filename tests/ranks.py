@@ -72,7 +72,9 @@ class Ranks:
     def stop(self) -> None:
         for tasks in self._tasks:
             tasks.put(None)
+        deadline = time.monotonic() + 5  # for all of them together: ranks of a dead group do not answer
         for process in self.processes:
-            process.join(5)
+            process.join(max(0.0, deadline - time.monotonic()))
+        for process in self.processes:
             if process.is_alive():
                 process.kill()

@@ -291,3 +291,32 @@ def test_plan_explains_what_ranks_share(tmp_path):
     assert "rank 1  [44, 44]  x 44:87:2, z 45:88:2" in zamba  # interleaved in the file
     assert "13 values (x_proj, 2 ranks)" in zamba and "shared block and SSM layer (x 3): 4 all-reduces" in zamba
     assert "bytes of keys and values for each of its tokens" in zamba
+
+
+def test_generate_with_quantized_reductions(tmp_path):
+    """By name and by file, on two ranks; the report is rank 0's."""
+    common = ["--load", MAMBA, "--prompt", "And God said", "--max-new-tokens", 12, "--dtype", "float32", "--json"]
+    file = tmp_path / "recipes.yaml"
+    file.write_text("matchers:\n  all: {type: glob, pattern: '*', config: none, enabled: true}\n")
+    tokens = []
+    for more in ([], ["--tp-allreduce-recipe", "int8"], ["--tp-allreduce-cfg", file]):
+        first, _ = [process.communicate(timeout=100)[0] for process in start_ranks(2, "generate", *common, *more)]
+        tokens.append(json.loads(first)["outputs"][0]["token_ids"])
+    assert tokens[2] == tokens[0] and len(tokens[1]) == 12
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tp-allreduce-recipe", "int7"], "--tp-allreduce-recipe='int7': unknown format; legal: none, bf16, int8"),
+        (["--tp-allreduce-cfg", "/nowhere.yaml"], "--tp-allreduce-cfg='/nowhere.yaml': cannot be read"),
+        (["--tp-allreduce-recipe", "int8", "--tp-allreduce-min-bytes", -1], "--tp-allreduce-min-bytes=-1: no count of"),
+        (
+            ["--tp-allreduce-recipe", "int8", "--tp-allreduce-cfg", "x"],
+            "--tp-allreduce-recipe='int8': beside",
+        ),
+    ],
+)
+def test_wrong_recipes_are_one_line(options, message):
+    answer = run("generate", "--load", MAMBA, "--prompt", "x", *options)
+    assert answer.returncode == 2 and message in answer.stderr and len(answer.stderr.splitlines()) == 1

@@ -13,7 +13,13 @@ RUN_ERROR, USER_ERROR, INTERRUPTED = 1, 2, 130
 # torchrun ends all ranks when the first one exits: the silent ones leave rank 0 time to speak.
 _LET_RANK_0_SPEAK = 1.0
 # What the library calls a thing, where the command line calls it otherwise.
-_FLAGS = {"path": "--load", "num_tokens_to_generate": "--max-new-tokens", "tokenizer": "--tokenizer-model"}
+_FLAGS = {
+    "recipe": "--tp-allreduce-recipe",
+    "min_bytes": "--tp-allreduce-min-bytes",
+    "path": "--load",
+    "num_tokens_to_generate": "--max-new-tokens",
+    "tokenizer": "--tokenizer-model",
+}
 
 
 def is_speaker() -> bool:
@@ -87,5 +93,9 @@ _OPTIONS = {
     "max_sequence_length",
     "max_requests",
     "max_tokens",
+    "max_cached_tokens",
+    "tp_allreduce_recipe",
+    "tp_allreduce_min_bytes",
+    "tp_allreduce_cfg",
     "json",
 }

@@ -9,7 +9,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ from ..errors import UserError
 from .console import is_speaker, say
 
 if TYPE_CHECKING:
+    from ..comm.recipe_book import RecipeBook
     from ..inference.llm import LLM, TextPiece
     from ..inference.requests import GenerationOutput
 
@@ -53,6 +54,19 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--max-tokens", type=int, default=2048, help="tokens in one step; longer prompts go in chunks")
     parser.add_argument(
+        "--tp-allreduce-recipe",
+        metavar="NAME",
+        help="how partial sums travel between ranks: none, bf16, int8, fp8, int4; x_proj's stay Megatron's",
+    )
+    parser.add_argument(
+        "--tp-allreduce-min-bytes",
+        type=int,
+        default=0,
+        metavar="N",
+        help="with a recipe: smaller tensors are left to Megatron",
+    )
+    parser.add_argument("--tp-allreduce-cfg", metavar="FILE", help="YAML that names a recipe for each site instead")
+    parser.add_argument(
         "--json", nargs="?", const=STDOUT, metavar="FILE", help="a JSON report: instead of text, or into FILE beside it"
     )
 
@@ -80,6 +94,21 @@ def _read_inputs(args: argparse.Namespace) -> list[str]:
     return prompts
 
 
+def _read_recipes(args: argparse.Namespace) -> "RecipeBook | None":
+    """What --tp-allreduce-cfg or --tp-allreduce-recipe say. Raises UserError: both are given, or either is wrong."""
+    from ..comm.recipe_book import RecipeBook
+    from ..comm.recipes import recipe_by_name
+
+    if args.tp_allreduce_cfg is None:
+        if args.tp_allreduce_recipe is None:
+            return None
+        recipe = recipe_by_name(args.tp_allreduce_recipe)
+        return RecipeBook.everywhere(recipe and replace(recipe, min_bytes=args.tp_allreduce_min_bytes))
+    if args.tp_allreduce_recipe is not None:
+        raise UserError("tp_allreduce_recipe", args.tp_allreduce_recipe, "beside tp_allreduce_cfg", "one of the two")
+    return RecipeBook.from_yaml_file(args.tp_allreduce_cfg)
+
+
 def run(args: argparse.Namespace) -> None:
     from .. import LLM, CacheLimits, SamplingParams
     from ..inference.distributed import join
@@ -98,6 +127,7 @@ def run(args: argparse.Namespace) -> None:
         top_p=args.top_p,
         num_tokens_to_generate=args.max_new_tokens,
     )
+    recipes = agree(lambda: _read_recipes(args), groups.tp)
     limits = CacheLimits(
         max_requests=args.max_requests,
         max_tokens=args.max_tokens,
@@ -111,6 +141,7 @@ def run(args: argparse.Namespace) -> None:
         tokenizer=args.tokenizer_model,
         limits=limits,
         seed=args.seed,
+        tp_allreduce=recipes,
     )
     started = time.monotonic()
     pieces = llm.stream(prompts, params)

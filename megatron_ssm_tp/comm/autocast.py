@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 from ..errors import UserError
-from .recipe_book import RecipeBook
+from .recipe_book import RecipeBook, as_book
 from .recipes import AllReduceRecipe, Int8BlockScaling
 
 
@@ -46,11 +46,7 @@ def allreduce_autocast(
     Raises:
         UserError: `recipe` or `group` is something else.
     """
-    recipe = Int8BlockScaling() if recipe is None else recipe
-    if isinstance(recipe, AllReduceRecipe):
-        recipe = RecipeBook.everywhere(recipe)
-    if not isinstance(recipe, RecipeBook):
-        raise UserError("recipe", recipe, "no recipe", "an AllReduceRecipe such as Int8BlockScaling(), a RecipeBook")
+    recipe = as_book(Int8BlockScaling() if recipe is None else recipe)
     if group is not None and not isinstance(group, dist.ProcessGroup):
         raise UserError("group", group, "no process group of this rank", "a torch.distributed.ProcessGroup, None")
     token = _settings.set((*_settings.get(), _Setting(recipe if enabled else None, group)))

@@ -87,6 +87,19 @@ class RecipeBook:
         return self._found[site]
 
 
+def as_book(recipe: AllReduceRecipe | RecipeBook | None) -> RecipeBook | None:
+    """One recipe as a book of it everywhere but at x_proj.
+
+    Raises:
+        UserError: something else.
+    """
+    if isinstance(recipe, AllReduceRecipe):
+        return RecipeBook.everywhere(recipe)
+    if recipe is None or isinstance(recipe, RecipeBook):
+        return recipe
+    raise UserError("recipe", recipe, "no recipe", "an AllReduceRecipe such as Int8BlockScaling(), a RecipeBook")
+
+
 def _recipe(name: str, payload: Any) -> AllReduceRecipe | None:
     _keys(f"configs.{name}", payload, ("recipe", *FIELDS))
     fields = dict(payload)

@@ -11,10 +11,13 @@ from megatron.core.inference.sampling_params import SamplingParams
 from tqdm import tqdm
 
 from ..checkpoint.loader import ModelCheckpoint, load_parameters, open_model
+from ..comm.recipe_book import RecipeBook, as_book
+from ..comm.recipes import AllReduceRecipe
 from ..compat.cpu import megatron_on_cpu
 from ..config import DTYPES
 from ..errors import UserError
 from ..layers.model import SSMModel, build_model
+from ..layers.row_parallel import set_recipes
 from ..partition.layout import check_tp_size
 from ..ranks import agree, lost_peers_reported
 from .distributed import join
@@ -85,6 +88,7 @@ class LLM:
         limits: CacheLimits | None = None,
         seed: int = 0,
         exact_norm: bool = False,
+        tp_allreduce: AllReduceRecipe | RecipeBook | None = None,
     ) -> "LLM":
         """Load a Hugging Face or state-spaces checkpoint, each rank its share.
 
@@ -95,6 +99,8 @@ class LLM:
             tokenizer: a tokenizer.json, or a directory with one, if it is not in `path`.
             limits: how many requests and tokens run at once.
             seed: of the sampling generator, the same on every rank.
+            tp_allreduce: how the ranks' partial sums travel: a recipe for all sites but x_proj's, or a book of recipes
+                by site; None is Megatron's own all-reduce.
             exact_norm: a Mamba-2 norm that spans ranks is finished before out_proj, by an all-reduce of its own.
 
         Raises:
@@ -116,6 +122,7 @@ class LLM:
             return checkpoint, _parse_dtype(dtype, checkpoint), words
 
         limits = limits if limits is not None else CacheLimits()
+        recipes = as_book(tp_allreduce)
         with lost_peers_reported(), megatron_on_cpu():
             checkpoint, params_dtype, words = agree(read_headers, groups.tp)
             length = limits.max_sequence_length
@@ -123,6 +130,7 @@ class LLM:
             parameters = dict(model.named_parameters())
             with tqdm(total=len(parameters), desc="loading", disable=None if groups.tp.rank() == 0 else True) as bar:
                 load_parameters(parameters, checkpoint, groups.tp.rank(), tp, lambda name: bar.update())
+            set_recipes(model, recipes)
             return cls(model.eval(), checkpoint, words, limits)
 
     def generate(

@@ -1,8 +1,8 @@
 """Row-parallel linears whose reduction follows a recipe, and their products taken apart: a rank's part, and the sum.
 
 A site is a linear's module name, such as decoder.layers.3.mixer.out_proj. The recipe of its reduction is that of an
-`allreduce_autocast` around the forward pass, or else of the book that `set_recipes` gave the model; without either it is
-Megatron's own all-reduce, to the bit. Reduce-scatters of sequence parallelism are never quantized.
+`allreduce_autocast` around the forward pass, or else of the book that `set_recipes` gave the model; without either it
+is Megatron's own all-reduce, to the bit. Reduce-scatters of sequence parallelism are never quantized.
 """
 
 import torch

@@ -76,12 +76,16 @@ class SharedBlock(MegatronModule):
     """mlp(norm(attention(norm(x)))) for x [l, b, d_in of attention]."""
 
     def __init__(
-        self, config: TransformerConfig, submodules: SharedBlockSubmodules, pg_collection: ProcessGroupCollection
+        self,
+        config: TransformerConfig,
+        submodules: SharedBlockSubmodules,
+        pg_collection: ProcessGroupCollection,
+        name: str,
     ) -> None:
         super().__init__(config)
         common = {"config": config, "d_model": config.hidden_size, "layer_number": 1, "pg_collection": pg_collection}
-        self.attention: Attention = build_module(submodules.attention, **common)
-        self.mlp: MLP = build_module(submodules.mlp, **common)
+        self.attention: Attention = build_module(submodules.attention, **common, name=f"{name}.attention")
+        self.mlp: MLP = build_module(submodules.mlp, **common, name=f"{name}.mlp")
         self.input_norm = LocalRMSNorm(config, self.attention.dims.d_in, config.layernorm_epsilon)
         self.mlp_norm = LocalRMSNorm(config, config.hidden_size, config.layernorm_epsilon)
 
@@ -99,12 +103,14 @@ class SharedBlocks(MegatronModule):
     """All blocks of a model; calls take them in turn."""
 
     def __init__(
-        self, config: TransformerConfig, count: int, block: ModuleSpec, pg_collection: ProcessGroupCollection
+        self, config: TransformerConfig, count: int, block: ModuleSpec, pg_collection: ProcessGroupCollection, name: str
     ) -> None:
         super().__init__(config)
         self.count = count
         for index in range(count):
-            self.add_module(str(index), build_module(block, config, pg_collection=pg_collection))
+            self.add_module(
+                str(index), build_module(block, config, pg_collection=pg_collection, name=f"{name}.{index}")
+            )
 
     def of_call(self, call: int) -> SharedBlock:
         return self.get_submodule(str(call % self.count))

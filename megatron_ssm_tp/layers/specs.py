@@ -91,7 +91,10 @@ def _mlp_preset(config: TransformerConfig) -> MLPConfig:
 def mamba1_spec(mixer_config) -> ModuleSpec:
     """A Mamba-1 mixer; `mixer_config` as in Mamba1Mixer: dimensions, or a function of Megatron's config."""
     projections = Mamba1MixerSubmodules(
-        in_proj=ColumnParallelLinear, x_proj=RecipeRowParallelLinear, dt_proj=ColumnParallelLinear, out_proj=RecipeRowParallelLinear
+        in_proj=ColumnParallelLinear,
+        x_proj=RecipeRowParallelLinear,
+        dt_proj=ColumnParallelLinear,
+        out_proj=RecipeRowParallelLinear,
     )
     return ModuleSpec(module=Mamba1Mixer, params={"mixer_config": mixer_config}, submodules=projections)
 

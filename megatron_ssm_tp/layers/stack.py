@@ -80,7 +80,8 @@ class SharedBlockStack(SSMStack):
         super().__init__(*args, **kwargs)
         if self.pp_group.size() > 1:
             raise UserError("pipeline_model_parallel_size", self.pp_group.size(), "would part shared blocks", "1")
-        self.shared_blocks = SharedBlocks(self.config, count, block, self.pg_collection)
+        name = f"{kwargs.get('name') or 'decoder'}.shared_blocks"
+        self.shared_blocks = SharedBlocks(self.config, count, block, self.pg_collection, name)
 
     def forward(
         self,

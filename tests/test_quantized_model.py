@@ -1,0 +1,118 @@
+"""Recipes in whole models: which reductions they touch, what that costs in accuracy, and that off is off."""
+
+import jobs
+import numpy as np
+import pytest
+import quantized_jobs
+import torch
+from variants import VARIANTS
+
+from megatron_ssm_tp import Bf16, Float8BlockScaling, Int4BlockScaling, Int8BlockScaling, RecipeBook
+
+IDS = torch.randint(0, 101, (40,), generator=torch.Generator().manual_seed(1)).tolist()
+FAMILIES = pytest.mark.parametrize("variant", ["falcon_mamba", "mamba2-G1", "zamba", "zamba2", "falcon_h1-norm"])
+TP = pytest.mark.parametrize("tp", [2, 4], ids=lambda tp: f"TP{tp}")
+
+
+@pytest.fixture
+def path(tiny, variant):
+    own = {"falcon_mamba": ("falcon_mamba", {}), "mamba2-G1": ("mamba2", {"n_groups": 1, "tied": False})}
+    family, options = (own | VARIANTS)[variant]
+    return tiny(family, **options).path
+
+
+@TP
+@FAMILIES
+def test_without_a_recipe_a_model_is_megatrons_to_the_bit(world, path, tp):
+    """No book, a book of none, and a context that is off."""
+    plain = world(tp).run(quantized_jobs.forward, path, IDS, None)
+    for other in (
+        world(tp).run(quantized_jobs.forward, path, IDS, RecipeBook.everywhere(None)),
+        world(tp).run(quantized_jobs.forward_in_autocast, path, IDS, Int8BlockScaling(), False, None),
+    ):
+        for (a, sent_a), (b, sent_b) in zip(plain, other, strict=True):
+            assert np.array_equal(a, b) and sent_a == sent_b
+
+
+@TP
+@FAMILIES
+@pytest.mark.parametrize(
+    ("recipe", "bound"),
+    [(Bf16(), 0.05), (Int8BlockScaling(block_size=16), 0.1), (Float8BlockScaling(block_size=16), 0.3)],
+    ids=["bf16", "int8", "fp8"],
+)
+def test_a_recipe_errs_a_little_and_alike_on_all_ranks(world, path, tp, recipe, bound):
+    [(plain, _), *_] = world(tp).run(quantized_jobs.forward, path, IDS, None)
+    found = world(tp).run(quantized_jobs.forward, path, IDS, recipe)
+    assert all(np.array_equal(logits, found[0][0]) for logits, _ in found)
+    error = np.linalg.norm(found[0][0] - plain) / np.linalg.norm(plain)
+    assert 0 < error < bound
+
+
+def test_fewer_bits_err_more(world, tiny):
+    path, errors = tiny("falcon_mamba").path, []
+    [(plain, _), _] = world(2).run(quantized_jobs.forward, path, IDS, None)
+    for recipe in (Bf16(), Int8BlockScaling(block_size=16), Int4BlockScaling(block_size=16)):
+        [(logits, _), _] = world(2).run(quantized_jobs.forward, path, IDS, recipe)
+        errors.append(np.linalg.norm(logits - plain))
+    assert errors == sorted(errors) and errors[2] > 5 * errors[1]
+
+
+def test_a_context_goes_over_the_models_own_book(world, tiny):
+    path, int8, int4 = tiny("falcon_mamba").path, Int8BlockScaling(), Int4BlockScaling()
+    own = world(2).run(quantized_jobs.forward, path, IDS, int4)
+    over = world(2).run(quantized_jobs.forward_in_autocast, path, IDS, int8, True, int4)
+    assert all(np.array_equal(a, b) for (a, _), (b, _) in zip(own, over, strict=True))
+
+
+def test_x_proj_is_quantized_only_by_name(world, tiny):
+    """Two ranks gather codes where they would reduce: out_proj's travel so, x_proj's 13 values do not unless told."""
+    path = tiny("falcon_mamba").path
+    for _, sent in world(2).run(quantized_jobs.forward, path, IDS, Int8BlockScaling()):
+        assert [name for name, *_ in sent] == 3 * ["allreduce", "_allgather_base"]
+        assert sent[0] == ("allreduce", (40, 1, 13), 2)
+    matcher = {"type": "glob", "pattern": "*.x_proj", "config": "int8", "enabled": True}
+    book = RecipeBook.from_config_dict({"matchers": {"x": matcher}})
+    for _, sent in world(2).run(quantized_jobs.forward, path, IDS, book):
+        assert [name for name, *_ in sent] == 3 * ["_allgather_base", "allreduce"]
+
+
+def test_one_site_alone(world, tiny):
+    matcher = {"type": "glob", "pattern": "decoder.layers.1.*", "config": "int8", "enabled": True}
+    book = RecipeBook.from_config_dict({"matchers": {"one": matcher}})
+    for _, sent in world(2).run(quantized_jobs.forward, tiny("bamba", tied=False).path, IDS, book):
+        assert [name for name, *_ in sent] == ["allreduce", "_allgather_base", *4 * ["allreduce"]]
+
+
+def test_small_tensors_stay_megatrons(world, tiny):
+    path = tiny("falcon_mamba").path
+    plain = world(2).run(quantized_jobs.forward, path, IDS, None)
+    for recipe in (Int8BlockScaling(min_bytes=40 * 44 * 4 + 1), Int8BlockScaling(min_bytes=10**6)):
+        assert world(2).run(quantized_jobs.forward, path, IDS, recipe)[0][1] == plain[0][1]
+
+
+def test_sites_have_the_models_names(world, tiny):
+    [found] = world(1).run(quantized_jobs.sites, tiny("zamba").path)
+    assert found[:2] == ["decoder.layers.0.mixer.out_proj", "decoder.layers.1.mixer.out_proj"]
+    assert [site for site in found if "shared_blocks" in site] == [
+        "decoder.shared_blocks.0.attention.out_proj",
+        "decoder.shared_blocks.0.mlp.down",
+    ]
+    [falcon] = world(1).run(quantized_jobs.sites, tiny("falcon_mamba").path)
+    assert falcon[:2] == ["decoder.layers.0.mixer.x_proj", "decoder.layers.0.mixer.out_proj"]
+
+
+@pytest.mark.parametrize("tp", [2, 4], ids=lambda tp: f"TP{tp}")
+def test_sums_of_squares_are_not_quantized(world, tiny, tp):
+    """Four bits for the product, and the norm of all ranks as exact as before: its scale is one number for all."""
+    path = tiny("mamba2", n_groups=1, tied=False).path
+    [(plain, _), *_] = world(tp).run(quantized_jobs.forward, path, IDS, None, "bfloat16")
+    [(int8, _), *_] = world(tp).run(quantized_jobs.forward, path, IDS, Int8BlockScaling(block_size=16), "bfloat16")
+    assert np.linalg.norm(int8 - plain) < 0.1 * np.linalg.norm(plain)
+
+
+def test_a_generation_follows_its_recipe(world, tiny):
+    """Through the engine, prefill and decode: the same tokens on all ranks."""
+    path, prompts = tiny("bamba", tied=False).path, [IDS, IDS[:5]]
+    found = world(2).run(jobs.greedy_by_recipe, path, prompts, 12, Int8BlockScaling(block_size=16))
+    assert found[0] == found[1] and [len(tokens) for tokens in found[0]] == [12, 12]
