@@ -111,6 +111,16 @@ def test_sums_of_squares_are_not_quantized(world, tiny, tp):
     assert np.linalg.norm(int8 - plain) < 0.1 * np.linalg.norm(plain)
 
 
+@TP
+def test_any_megatron_model_by_one_call(world, tp):
+    plain = world(tp).run(quantized_jobs.plain_megatron_mlp, None)
+    found = world(tp).run(quantized_jobs.plain_megatron_mlp, Int8BlockScaling(block_size=16))
+    for (_, before, same, gradient), (sites, _, after, its_gradient) in zip(plain, found, strict=True):
+        assert sites == ["mlp.linear_fc2"] and np.array_equal(before, same)
+        assert 0 < np.linalg.norm(after - before) < 0.02 * np.linalg.norm(before)
+        assert np.array_equal(after, found[0][2]) and np.array_equal(gradient, its_gradient)
+
+
 def test_a_generation_follows_its_recipe(world, tiny):
     """Through the engine, prefill and decode: the same tokens on all ranks."""
     path, prompts = tiny("bamba", tied=False).path, [IDS, IDS[:5]]

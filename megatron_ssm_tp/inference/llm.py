@@ -11,7 +11,7 @@ from megatron.core.inference.sampling_params import SamplingParams
 from tqdm import tqdm
 
 from ..checkpoint.loader import ModelCheckpoint, load_parameters, open_model
-from ..comm.recipe_book import RecipeBook, as_book
+from ..comm.recipe_book import RecipeBook
 from ..comm.recipes import AllReduceRecipe
 from ..compat.cpu import megatron_on_cpu
 from ..config import DTYPES
@@ -122,7 +122,6 @@ class LLM:
             return checkpoint, _parse_dtype(dtype, checkpoint), words
 
         limits = limits if limits is not None else CacheLimits()
-        recipes = as_book(tp_allreduce)
         with lost_peers_reported(), megatron_on_cpu():
             checkpoint, params_dtype, words = agree(read_headers, groups.tp)
             length = limits.max_sequence_length
@@ -130,7 +129,7 @@ class LLM:
             parameters = dict(model.named_parameters())
             with tqdm(total=len(parameters), desc="loading", disable=None if groups.tp.rank() == 0 else True) as bar:
                 load_parameters(parameters, checkpoint, groups.tp.rank(), tp, lambda name: bar.update())
-            set_recipes(model, recipes)
+            set_recipes(model, tp_allreduce)
             return cls(model.eval(), checkpoint, words, limits)
 
     def generate(

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..comm import mappings
 from ..comm.autocast import recipe_of
-from ..comm.recipe_book import RecipeBook
+from ..comm.recipe_book import RecipeBook, as_book
 from ..comm.recipes import AllReduceRecipe
 
 
@@ -71,9 +71,20 @@ def reduce_partial(linear: RowParallelLinear, partial: torch.Tensor, exact_colum
     return mappings.reduce_from_tensor_model_parallel_region(partial, linear.tp_group, recipe, exact_columns)
 
 
-def set_recipes(model: nn.Module, recipes: RecipeBook | None) -> list[str]:
-    """Have every RecipeRowParallelLinear of `model` follow `recipes`; returns the sites, in the model's order."""
-    linears = [module for module in model.modules() if isinstance(module, RecipeRowParallelLinear)]
-    for linear in linears:
-        linear.recipes = recipes
-    return [linear.site for linear in linears]
+def set_recipes(model: nn.Module, recipes: AllReduceRecipe | RecipeBook | None) -> list[str]:
+    """Have the row-parallel linears of `model`, any Megatron model, follow `recipes`; returns their sites, in order.
+
+    Megatron's own RowParallelLinears become RecipeRowParallelLinears in place, their sites the names they have in
+    `model`; nothing else about them changes. Transformer Engine's reduce by themselves and are left alone.
+
+    Raises:
+        UserError: `recipes` is something else.
+    """
+    book, sites = as_book(recipes), []
+    for name, linear in model.named_modules():
+        if type(linear) is RowParallelLinear:
+            linear.__class__, linear.site = RecipeRowParallelLinear, name
+        if isinstance(linear, RecipeRowParallelLinear):
+            linear.recipes = book
+            sites.append(linear.site)
+    return sites
