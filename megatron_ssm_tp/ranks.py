@@ -41,6 +41,17 @@ def agree[T](step: Callable[[], T], group: dist.ProcessGroup) -> T:
     return result  # type: ignore[return-value]  # no error: step returned
 
 
+def check_same(field: str, value: str, group: dist.ProcessGroup) -> None:
+    """Raises UserError unless every rank of `group` has the same `value`: files may differ from node to node."""
+    values = [value] * group.size()
+    if group.size() > 1:
+        with lost_peers_reported():
+            dist.all_gather_object(values, value, group=group)
+    if len(set(values)) > 1:
+        other = next(rank for rank, found in enumerate(values) if found != values[0])
+        raise UserError(field, f"that of rank {other}", "differs from rank 0's", "the same on all ranks")
+
+
 @contextlib.contextmanager
 def lost_peers_reported() -> Iterator[None]:
     """Turn the errors that collectives raise when a peer is gone into PeerLostError, one line."""

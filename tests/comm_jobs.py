@@ -130,13 +130,8 @@ def error_of_all_reduce(case: str) -> str:
         group = dist.GroupMember.NON_GROUP_MEMBER
     elif case == "exact_columns":
         columns = 4
-    elif case == "backend":
-        recipe = Int8BlockScaling(backend="symmetric")
     try:
-        if case == "backend":
-            reduce_from_tensor_model_parallel_region(x, group, recipe)
-        else:
-            collectives.all_reduce(x, group, recipe, exact_columns=columns)
+        collectives.all_reduce(x, group, recipe, exact_columns=columns)
     except UserError as error:
         return str(error)
     raise AssertionError("no error")

@@ -317,6 +317,31 @@ def shared_rows_after_initialization(groups_count: int) -> list[np.ndarray]:
     ]
 
 
+def greedy_in_a_loop_on_one_rank(path: Path, prompt: list[int], count: int) -> list[list[int]]:
+    """Within allreduce_autocast, where only rank 0 calls from a running event loop: Megatron's step takes a thread."""
+    import asyncio
+
+    from megatron_ssm_tp import Int8BlockScaling, allreduce_autocast
+
+    model = llm(path)
+
+    async def ask() -> list[list[int]]:
+        return greedy(path, [prompt], count)
+
+    with allreduce_autocast(recipe=Int8BlockScaling(block_size=16)):
+        return asyncio.run(ask()) if model.model.pg_collection.tp.rank() == 0 else greedy(path, [prompt], count)
+
+
+def error_of_recipes_that_differ(path: Path, recipes: list) -> str:
+    from megatron_ssm_tp import UserError
+
+    try:
+        LLM.from_pretrained(path, tp_allreduce=recipes[groups().tp.rank()])
+    except UserError as error:
+        return str(error)
+    raise AssertionError("no error")
+
+
 def greedy_by_recipe(path: Path, prompts: list, count: int, recipe: object) -> list[list[int]]:
     params = SamplingParams(temperature=0, num_tokens_to_generate=count, termination_id=-1)
     with LLM.from_pretrained(path, dtype="float32", tp_allreduce=recipe) as model:

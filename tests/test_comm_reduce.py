@@ -127,7 +127,6 @@ def test_a_group_of_some_ranks(world):
         ("dtype", ["dtype=torch.float64", "legal: bfloat16, float16, float32"]),
         ("group", ["group=", "rank belongs to"]),
         ("exact_columns", ["exact_columns=4", "x has 4 columns", "legal: 0 to 3"]),
-        ("backend", ["backend='symmetric'", "legal: auto, collective"]),
     ],
 )
 def test_errors_in_one_line(world, case, said):

@@ -126,3 +126,41 @@ def test_a_generation_follows_its_recipe(world, tiny):
     path, prompts = tiny("bamba", tied=False).path, [IDS, IDS[:5]]
     found = world(2).run(jobs.greedy_by_recipe, path, prompts, 12, Int8BlockScaling(block_size=16))
     assert found[0] == found[1] and [len(tokens) for tokens in found[0]] == [12, 12]
+
+
+def test_a_context_is_seen_where_megatrons_step_takes_a_thread(world, tiny):
+    """Otherwise one rank gathers codes while the other reduces, and both wait for ever."""
+    path = tiny("falcon_mamba").path
+    first, second = world(2).run(jobs.greedy_in_a_loop_on_one_rank, path, IDS[:7], 4, timeout=60)
+    assert first == second
+
+
+def test_recipes_that_differ_between_ranks_are_refused(world, tiny):
+    recipes = [Int8BlockScaling(), Int8BlockScaling(block_size=64)]
+    for message in world(2).run(jobs.error_of_recipes_that_differ, tiny("falcon_mamba").path, recipes):
+        assert message == "tp_allreduce='that of rank 1': differs from rank 0's; legal: the same on all ranks"
+
+
+@TP
+def test_whole_inputs_and_frozen_weights(world, tp):
+    for found in world(tp).run(quantized_jobs.odd_linears):
+        assert found == [(True, True), (True, True)]
+
+
+def test_experts_are_left_alone(world):
+    for sites, same in world(2).run(quantized_jobs.experts_linear):
+        assert sites == [] and same
+
+
+def test_a_parallel_layer_is_one_site(world, tiny):
+    for sites, sent in world(2).run(quantized_jobs.parallel_block_sites, tiny("falcon_h1", tied=False).path, IDS):
+        assert sites[:2] == ["decoder.layers.0.mixer.ssm.out_proj", "decoder.layers.1.mixer.down"] and len(sites) == 4
+        assert [name for name, *_ in sent] == 4 * ["_allgather_base"]
+
+
+@TP
+def test_a_model_may_be_cast_after_it_is_built(world, tiny, tp):
+    path = tiny("mamba2", n_groups=1, tied=False).path
+    [(plain, _), *_] = world(tp).run(quantized_jobs.forward, path, IDS, None)
+    for logits in world(tp).run(quantized_jobs.cast_after_building, path, IDS):
+        assert np.linalg.norm(logits - plain) < 0.05 * np.linalg.norm(plain)

@@ -61,7 +61,6 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--tp-allreduce-min-bytes",
         type=int,
-        default=0,
         metavar="N",
         help="with a recipe: smaller tensors are left to Megatron",
     )
@@ -99,14 +98,17 @@ def _read_recipes(args: argparse.Namespace) -> "RecipeBook | None":
     from ..comm.recipe_book import RecipeBook
     from ..comm.recipes import recipe_by_name
 
-    if args.tp_allreduce_cfg is None:
-        if args.tp_allreduce_recipe is None:
-            return None
-        recipe = recipe_by_name(args.tp_allreduce_recipe)
-        return RecipeBook.everywhere(recipe and replace(recipe, min_bytes=args.tp_allreduce_min_bytes))
-    if args.tp_allreduce_recipe is not None:
-        raise UserError("tp_allreduce_recipe", args.tp_allreduce_recipe, "beside tp_allreduce_cfg", "one of the two")
-    return RecipeBook.from_yaml_file(args.tp_allreduce_cfg)
+    name, file, least = args.tp_allreduce_recipe, args.tp_allreduce_cfg, args.tp_allreduce_min_bytes
+    if least is not None and name is None:
+        raise UserError("tp_allreduce_min_bytes", least, "is of no recipe", "beside --tp-allreduce-recipe")
+    if file is not None and name is not None:
+        raise UserError("tp_allreduce_recipe", name, "beside tp_allreduce_cfg", "one of the two")
+    if file is not None:
+        return RecipeBook.from_yaml_file(file)
+    recipe = None if name is None else recipe_by_name(name)
+    if recipe is None:
+        return None
+    return RecipeBook.everywhere(recipe if least is None else replace(recipe, min_bytes=least))
 
 
 def run(args: argparse.Namespace) -> None:

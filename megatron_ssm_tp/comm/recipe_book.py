@@ -68,15 +68,21 @@ class RecipeBook:
             UserError: anything that Megatron's RecipeConfig would trip over later, or pass over.
         """
         _keys("recipe file", config, ("configs", "matchers"))
-        payloads = {name: {"recipe": name} for name in RECIPE_NAMES} | (config.get("configs") or {})
-        matchers = config.get("matchers") or {}
-        _keys("configs", payloads, None)
+        own = {} if config.get("configs") is None else config["configs"]
+        matchers = {} if config.get("matchers") is None else config["matchers"]
+        _keys("configs", own, None)
         _keys("matchers", matchers, None)
+        payloads = {name: {"recipe": name} for name in RECIPE_NAMES} | own
         recipes = {name: _recipe(name, payload) for name, payload in payloads.items()}
         for name, matcher in matchers.items():
             _check_matcher(f"matchers.{name}", matcher, recipes)
         rules = RecipeConfig.from_config_dict({"configs": payloads, "matchers": matchers})
         return cls(rules, recipes)
+
+    def fingerprint(self) -> str:
+        """The same text for books that say the same."""
+        matchers = [(m.pattern, m.config_key) for m in self._rules.matchers]
+        return repr((matchers, sorted((str(name), repr(recipe)) for name, recipe in self._recipes.items())))
 
     def recipe_for(self, site: str) -> AllReduceRecipe | None:
         """The recipe of the reduction whose module is named `site`; None: Megatron's own all-reduce."""
@@ -120,7 +126,7 @@ def _check_matcher(name: str, matcher: Any, recipes: dict[str, AllReduceRecipe |
         raise UserError(f"{name}.pattern", matcher.get("pattern"), "no pattern", "a glob on module names")
     config = matcher.get("config")
     if not isinstance(config, str) or config not in recipes:
-        raise UserError(f"{name}.config", config, "unknown config", ", ".join(recipes))
+        raise UserError(f"{name}.config", config, "unknown config", ", ".join(map(str, recipes)))
     if not isinstance(matcher.get("enabled", False), bool):
         raise UserError(f"{name}.enabled", matcher["enabled"], "no yes or no", "true, false")
 

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import copy_context
 from dataclasses import dataclass
 
 import torch
@@ -129,7 +130,8 @@ class DynamicEngine:
         except RuntimeError:
             return self._loop.run_until_complete(step)
         with ThreadPoolExecutor(max_workers=1, initializer=self._on_same_device) as thread:
-            return thread.submit(self._loop.run_until_complete, step).result()
+            # With the caller's context variables: an allreduce_autocast around the call is one.
+            return thread.submit(copy_context().run, self._loop.run_until_complete, step).result()
 
     def _on_same_device(self) -> None:
         if self._device.type == "cuda":

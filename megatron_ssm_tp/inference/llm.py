@@ -11,7 +11,7 @@ from megatron.core.inference.sampling_params import SamplingParams
 from tqdm import tqdm
 
 from ..checkpoint.loader import ModelCheckpoint, load_parameters, open_model
-from ..comm.recipe_book import RecipeBook
+from ..comm.recipe_book import RecipeBook, as_book
 from ..comm.recipes import AllReduceRecipe
 from ..compat.cpu import megatron_on_cpu
 from ..config import DTYPES
@@ -19,7 +19,7 @@ from ..errors import UserError
 from ..layers.model import SSMModel, build_model
 from ..layers.row_parallel import set_recipes
 from ..partition.layout import check_tp_size
-from ..ranks import agree, lost_peers_reported
+from ..ranks import agree, check_same, lost_peers_reported
 from .distributed import join
 from .engine import DynamicEngine, Progress, Request
 from .peers import PeerWatch
@@ -113,23 +113,24 @@ class LLM:
 
         check_seed(seed)
 
-        def read_headers() -> tuple[ModelCheckpoint, torch.dtype, TextTokenizer | NoTokenizer]:
+        def read_headers() -> tuple[ModelCheckpoint, torch.dtype, TextTokenizer | NoTokenizer, RecipeBook | None]:
             if not isinstance(limits, CacheLimits):
                 raise UserError("limits", limits, "is not one", "CacheLimits(max_requests=..., ...)")
             checkpoint = open_model(path)
             check_tp_size(checkpoint.config, tp)
             words = load_tokenizer(Path(tokenizer or path), checkpoint.config)
-            return checkpoint, _parse_dtype(dtype, checkpoint), words
+            return checkpoint, _parse_dtype(dtype, checkpoint), words, as_book(tp_allreduce)
 
         limits = limits if limits is not None else CacheLimits()
         with lost_peers_reported(), megatron_on_cpu():
-            checkpoint, params_dtype, words = agree(read_headers, groups.tp)
+            checkpoint, params_dtype, words, recipes = agree(read_headers, groups.tp)
+            check_same("tp_allreduce", recipes.fingerprint() if recipes else "none", groups.tp)
             length = limits.max_sequence_length
             model = build_model(checkpoint.config, groups, params_dtype, device, length, seed, exact_norm)
             parameters = dict(model.named_parameters())
             with tqdm(total=len(parameters), desc="loading", disable=None if groups.tp.rank() == 0 else True) as bar:
                 load_parameters(parameters, checkpoint, groups.tp.rank(), tp, lambda name: bar.update())
-            set_recipes(model, tp_allreduce)
+            set_recipes(model, recipes)
             return cls(model.eval(), checkpoint, words, limits)
 
     def generate(

@@ -75,8 +75,6 @@ class GatedRMSNorm(nn.Module):
         self.width = d_inner // config.groups
         self.case = norm_case(config.groups, tp_group.size(), dtype, exact)
         self.group_ranks = sharers(tp_group, config.groups) if self.case is NormCase.REDUCED else None
-        # DEFERRED: how many columns beside the product carry sums of squares
-        self.columns = sum_columns(_dtype_name(dtype), tp_group.size())
         self.weight = nn.Parameter(torch.ones(d_inner // tp_group.size(), dtype=dtype, device=device))
         self.weight.tensor_model_parallel, self.weight.partition_dim, self.weight.partition_stride = True, 0, 1
 
@@ -111,6 +109,10 @@ class GatedRMSNorm(nn.Module):
         """Mean square [.., 1] of this rank's group, over the ranks that share it."""
         return _SumOverRanks.apply(measured.pow(2).sum(-1, keepdim=True), self.group_ranks) / self.width
 
+    def columns(self, dtype: torch.dtype) -> int:
+        """DEFERRED: how many columns carry sums of squares beside a product of `dtype`."""
+        return sum_columns(_dtype_name(dtype), self.tp_group.size())
+
     def packed_product(self, y: torch.Tensor, z: torch.Tensor, out_proj: RowParallelLinear) -> torch.Tensor:
         """DEFERRED: this rank's part of the unscaled product, its sums of squares beside it: [l, b, h + columns]."""
         value, measured = self.gated(y, z)
@@ -120,7 +122,8 @@ class GatedRMSNorm(nn.Module):
 
     def unpack(self, packed: torch.Tensor) -> torch.Tensor:
         """DEFERRED: the product [.., h] of the reduced `packed_product`."""
-        product, sums = packed.split([packed.shape[-1] - self.columns, self.columns], dim=-1)
+        columns = self.columns(packed.dtype)
+        product, sums = packed.split([packed.shape[-1] - columns, columns], dim=-1)
         mean = sums.float().sum(-1, keepdim=True)
         return (product.float() * torch.rsqrt(mean + self.config.eps)).to(packed.dtype)
 

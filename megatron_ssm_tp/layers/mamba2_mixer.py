@@ -123,7 +123,7 @@ class Mamba2Mixer(SSMMixer):
         if not self._norm_rides:
             return self.out_proj(self._gated(y, around[0]))
         packed, complete = self.partial(y, around)
-        reduced = reduce_partial(self.out_proj, packed, self.norm.columns)
+        reduced = reduce_partial(self.out_proj, packed, self.norm.columns(packed.dtype))
         return complete(reduced), self.out_proj.bias
 
     def partial(self, y: torch.Tensor, around: Tensors) -> tuple[torch.Tensor, Callable | None]:

@@ -61,6 +61,7 @@ class ParallelMixer(MegatronModule):
 
         self.ssm: SSMMixer = build("ssm")
         self.attention: Attention = build("attention")
+        self.attention.out_proj.reduced_elsewhere = True  # with the SSM's, at its site
 
     def mamba_state_shapes_per_request(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return self.ssm.mamba_state_shapes_per_request()
@@ -80,7 +81,7 @@ class ParallelMixer(MegatronModule):
         if complete is None:
             out = self._reduced(ssm * for_ssm + attention * for_attention)
         else:
-            both = self._reduced(torch.cat([attention, ssm], dim=-1), self.ssm.norm.columns)
+            both = self._reduced(torch.cat([attention, ssm], dim=-1), self.ssm.norm.columns(ssm.dtype))
             attention, ssm = both.split([self.d_model, ssm.shape[-1]], dim=-1)
             out = complete(ssm) * for_ssm + attention * for_attention
         biases = self.ssm.out_proj.bias, self.attention.out_proj.bias
