@@ -248,8 +248,12 @@ def gated_norm_error(
     norm.weight.data = w[own]
     with torch.no_grad():
         if norm.case is NormCase.DEFERRED:
-            config = SimpleNamespace(gradient_accumulation_fusion=False)
-            out_proj = SimpleNamespace(weight=weight[:, own], config=config)
+            out_proj = SimpleNamespace(
+                weight=weight[:, own],
+                gradient_accumulation_fusion=False,
+                gtp_remat_size=1,
+                _forward_impl=lambda input, weight, **_: input @ weight.T,
+            )
             packed = norm.packed_product(y[..., own], z[..., own], out_proj)
             found = norm.unpack(reduce_from_tensor_model_parallel_region(packed, group=group))
         else:
