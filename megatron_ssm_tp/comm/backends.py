@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import UserError
-from . import collectives
+from . import collectives, symmetric
 from .recipes import AllReduceRecipe
 
 
@@ -23,6 +23,7 @@ class Backend(NamedTuple):
 
 
 BACKENDS = {
+    "symmetric": Backend(symmetric.supports, symmetric.all_reduce),
     "collective": Backend(lambda x, group, recipe: recipe.supports(x.dtype, group), collectives.all_reduce),
 }
 

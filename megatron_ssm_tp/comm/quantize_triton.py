@@ -12,7 +12,7 @@ _LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}  # without fusion the bits
 
 
 @triton.jit
-def _addresses(blocks, row_length, row_stride, CONTIGUOUS: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+def addresses(blocks, row_length, row_stride, CONTIGUOUS: tl.constexpr, BLOCK_SIZE: tl.constexpr):
     """Each value's place in the flattened tensor and in memory, int64 [BLOCKS, BLOCK_SIZE]."""
     places = blocks[:, None].to(tl.int64) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]
     if CONTIGUOUS:
@@ -91,7 +91,7 @@ def _encode_kernel(
     BLOCKS: tl.constexpr,
 ):
     blocks = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
-    places, address = _addresses(blocks, row_length, row_stride, CONTIGUOUS, BLOCK_SIZE)
+    places, address = addresses(blocks, row_length, row_stride, CONTIGUOUS, BLOCK_SIZE)
     x = tl.load(x_ptr + address, mask=places < values, other=0.0).to(tl.float32)
     mask = blocks < all_blocks
     _store_codes(x, codes_ptr, scales_ptr, blocks, mask, blocks_per_part, part_bytes, FORMAT, BLOCK_BYTES)
@@ -129,7 +129,7 @@ def _decode_sum_kernel(
         BLOCK_BYTES,
         RANKS,
     )
-    places, address = _addresses(blocks, row_length, row_stride, CONTIGUOUS, BLOCK_SIZE)
+    places, address = addresses(blocks, row_length, row_stride, CONTIGUOUS, BLOCK_SIZE)
     tl.store(out_ptr + address, total.to(out_ptr.dtype.element_ty), mask=places < values)
 
 

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from ..errors import UserError
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-BACKENDS = ("auto", "collective")
+BACKENDS = ("auto", "symmetric", "collective")
 BLOCK_SIZES = (16, 32, 64, 128, 256, 512, 1024)
 
 
@@ -27,7 +27,8 @@ class AllReduceRecipe:
     Args:
         block_size: values that share a scale.
         min_bytes: a tensor of fewer bytes is not quantized.
-        backend: "collective" works in any process group; "auto" chooses among what there is.
+        backend: "symmetric" needs GPUs of one node, "collective" works in any process group; "auto" takes the first
+            of them that can.
 
     Raises:
         UserError: a field is not legal.

@@ -1,0 +1,146 @@
+"""The backend "symmetric": all-reduces by kernels of ours over memory that the GPUs of one node share.
+
+Each rank of a group has a buffer that its peers write into (torch's symmetric memory; NVLink multicast is not used).
+It is allocated once, by the group's first reduction or by `prepare`. Nothing waits on the host, so that calls can be
+captured in CUDA graphs, and graphs and eager calls of any sizes can follow each other: on one stream at a time for each
+group. A peer that does not answer within the group's timeout ends the process with a CUDA error.
+"""
+
+import socket
+from types import ModuleType
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+
+from ..errors import UserError
+from .recipes import AllReduceRecipe
+from .tuning import Launch
+from .workspace import FLAGS, Workspace
+
+TIMEOUT_S = 600.0
+POLLS_A_SECOND = 1_000_000  # about
+
+_workspaces: WeakKeyDictionary[dist.ProcessGroup, Workspace | str] = WeakKeyDictionary()  # a str: why there is none
+
+
+def prepare(group: dist.ProcessGroup, timeout_s: float = TIMEOUT_S) -> None:
+    """Allocate a group's buffers now, on the current GPU: a collective call. Once for a group.
+
+    Args:
+        group: this rank's process group.
+        timeout_s: how long a rank waits for another in a reduction, about; then it ends.
+
+    Raises:
+        UserError: the ranks do not share a node, or have no Triton or no peer access; or it was prepared before.
+    """
+    if group in _workspaces:
+        raise UserError("group", group.group_name, "has its buffers already", "a group not reduced over before")
+    found = _workspaces[group] = _allocate(group, timeout_s)
+    if isinstance(found, str):
+        raise UserError("group", group.group_name, found, "a group of GPUs of one node with peer access")
+
+
+def supports(x: torch.Tensor, group: dist.ProcessGroup, recipe: AllReduceRecipe) -> tuple[bool, str]:
+    """(ok, reason), the same on every rank. A group's first call allocates its buffers, collectively."""
+    ok, reason = recipe.supports(x.dtype, group)
+    if not ok:
+        return False, reason
+    if not x.is_cuda:
+        return False, f"x is on {x.device.type}, not on a GPU"
+    found = _workspaces.get(group)
+    if found is None:
+        if torch.cuda.is_current_stream_capturing():
+            return False, "the group has no buffers yet and none can be allocated under capture: reduce once before"
+        found = _workspaces[group] = _allocate(group, TIMEOUT_S)
+    return (False, found) if isinstance(found, str) else (True, "")
+
+
+def all_reduce(
+    x: torch.Tensor,
+    group: dist.ProcessGroup,
+    recipe: AllReduceRecipe,
+    *,
+    exact_columns: int = 0,
+    launch: Launch | None = None,
+) -> torch.Tensor:
+    """As collectives.all_reduce, of what `supports` supports; `launch` is the table's if none is given."""
+    if group.size() == 1 or x.numel() == 0:
+        return x.clone(memory_format=torch.contiguous_format)
+    return _kernels().reduce(_workspace(group), x, recipe, exact_columns, launch)
+
+
+def all_reduce_add_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    group: dist.ProcessGroup,
+    recipe: AllReduceRecipe,
+    launch: Launch | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """fused.all_reduce_add_norm in one kernel, of what `supports` and `fits` allow."""
+    return _kernels().reduce_add_norm(_workspace(group), x, residual, weight, eps, recipe, launch)
+
+
+def fits(x: torch.Tensor, recipe: AllReduceRecipe) -> bool:
+    """Whether rows of x are whole blocks, few enough for one program to hold."""
+    return x.shape[-1] % recipe.block_size == 0 and 0 < x.shape[-1] <= 16384
+
+
+def _workspace(group: dist.ProcessGroup) -> Workspace:
+    found = _workspaces.get(group)
+    if not isinstance(found, Workspace):
+        raise UserError("group", group.group_name, found or "has no buffers yet", "a group that supports() allows")
+    return found
+
+
+def _kernels() -> ModuleType:
+    from . import symmetric_launch
+
+    return symmetric_launch
+
+
+def _allocate(group: dist.ProcessGroup, timeout_s: float) -> Workspace | str:
+    """A workspace, or why there can be none: the same on every rank."""
+    found: list[tuple[str, str]] = [("", "")] * group.size()
+    dist.all_gather_object(found, (socket.gethostname(), _what_is_missing()), group=group)
+    for _, missing in found:
+        if missing:
+            return missing
+    if len({host for host, _ in found}) > 1:
+        return "its ranks are on several nodes"
+    workspace, reason = None, ""
+    try:
+        workspace = _rendezvous(group, timeout_s)
+    except RuntimeError as error:
+        reason = f"its GPUs cannot share memory: {str(error).splitlines()[0]}"
+    reasons = [""] * group.size()
+    dist.all_gather_object(reasons, reason, group=group)
+    return next((reason for reason in reasons if reason), None) or workspace
+
+
+def _what_is_missing() -> str:
+    try:
+        _kernels()
+    except ModuleNotFoundError as error:
+        return f"a rank has no {error.name}"
+    if torch.version.hip is not None or torch.cuda.get_device_capability() < (8, 0):
+        return "a rank's GPU is older than NVIDIA's Ampere or of another make"
+    return ""
+
+
+def _rendezvous(group: dist.ProcessGroup, timeout_s: float) -> Workspace:
+    from torch.distributed import _symmetric_memory as symmetric_memory
+
+    ranks, device = group.size(), torch.device("cuda", torch.cuda.current_device())
+    size = 2 * Workspace.bytes_of_half(ranks)
+    memory = symmetric_memory.empty(size + 2 * FLAGS * 4, dtype=torch.uint8, device=device)
+    memory[size:] = 0
+    handle = symmetric_memory.rendezvous(memory, group)
+    buffers = torch.tensor(list(handle.buffer_ptrs), dtype=torch.int64, device=device)
+    counters = torch.zeros(2, dtype=torch.int32, device=device)
+    torch.cuda.synchronize()
+    dist.barrier(group)  # all flags are zero before anyone sets one
+    patience = min(int(timeout_s * POLLS_A_SECOND), 2**31 - 1)
+    return Workspace(group.rank(), ranks, buffers, buffers + size, counters, patience, (memory, handle))

@@ -1,0 +1,386 @@
+"""The kernels of symmetric.py: a rank's codes are written straight into its peers' memory (transports.py).
+
+The epoch counts a group's calls in device memory, so that a captured kernel counts on as it is replayed. What call e
+writes lies in half e % 2 of the buffers, flags too. A rank that writes call e + 2 has finished e + 1, for which every
+peer had started e + 1 and so had finished e: nobody still reads what is overwritten.
+
+A release waits until peers have what was written, an acquire for them. In long reductions programs therefore share the
+work by roles: some only send and others only receive. Programs of the first role wait for nobody, those of each further
+role for programs of the role before; GPUs start programs by their numbers, in which the roles follow each other. So no
+program waits for one that cannot start, however few run at a time. The same holds where every program first sends its
+tiles and then waits for the same tiles of its peers' same programs.
+
+What travels between functions in tuples:
+
+    source   x_ptr, first_block, all_blocks, values, row_length, x_stride
+    sink     out_ptr, residual_ptr, weight_ptr, normed_ptr, first_block, values, row_length, out_stride, eps
+    link     buffers, flags, offset, slot_bytes, flags_at, epoch, patience
+
+x and `out` are rows of row_length values, x_stride and out_stride apart; `values` is the whole tensor's number. The call
+reduces all_blocks blocks from first_block on. buffers and flags, int64 [ranks], say where each rank's buffer and its
+flags (int32) begin. counters_ptr, int32 [2], holds the epoch of the last call and how many of this one's programs have
+ended; patience is how often a rank looks before it gives a peer up.
+"""
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+
+from .quantize_triton import addresses
+from .tiles import decode_tile, encode_tile
+from .transports import as_words, get, put, raise_flag, read_words, slot_at, wait_for_flag
+
+EXACT_TILE = 1024  # values a program that sends exact columns
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a kernel is compiled for.
+
+    Args:
+        rank, ranks: this rank and their number.
+        format, block_size: the recipe's.
+        tile_blocks, blocks: blocks in a tile, and the power of two that holds them.
+        contiguous: x and `out` have no gaps.
+        ragged: the values do not fill their last block.
+        flagged: one_shot's transport; two_shot's always is.
+        split: one_shot is done in two roles.
+        add_norm: a tile is a row, to which a residual is added and which is normed.
+        exact: some columns are summed as they are.
+    """
+
+    rank: int
+    ranks: int
+    format: str
+    block_size: int
+    tile_blocks: int
+    blocks: int
+    contiguous: bool
+    ragged: bool
+    flagged: bool
+    split: bool
+    add_norm: bool
+    exact: bool
+
+
+@triton.jit
+def one_shot(
+    x_ptr,
+    out_ptr,
+    residual_ptr,
+    weight_ptr,
+    normed_ptr,
+    buffers,
+    flags,
+    counters_ptr,
+    first_block,
+    all_blocks,
+    tile_programs,
+    values,
+    row_length,
+    x_stride,
+    out_stride,
+    exact_columns,
+    exact_values,
+    half_bytes,
+    slot_bytes,
+    codes_at,
+    exact_at,
+    exact_slot_bytes,
+    half_flags,
+    patience,
+    eps,
+    S: tl.constexpr,
+    EXACT_TILE: tl.constexpr,
+):
+    """Every rank sends all its codes to all and sums what it gets; split, in two roles.
+
+    The programs from tile_programs on sum the exact_columns behind each row's row_length values.
+    """
+    program = tl.program_id(0)
+    epoch = tl.load(counters_ptr, volatile=True) + 1
+    half = (epoch & 1).to(tl.int64) * half_bytes
+    if program < tile_programs:
+        source = (x_ptr, first_block, all_blocks, values, row_length, x_stride)
+        sink = (out_ptr, residual_ptr, weight_ptr, normed_ptr, first_block, values, row_length, out_stride, eps)
+        link = (buffers, flags, half + codes_at, slot_bytes, (epoch & 1) * half_flags, epoch, patience)
+        tiles = tl.cdiv(all_blocks, S.tile_blocks)
+        if S.split:
+            senders = tile_programs // 2
+            if program < senders:
+                for tile in range(program, tiles, senders):
+                    _send(tile, source, link, S)
+            else:
+                for tile in range(program - senders, tiles, tile_programs - senders):
+                    _await_flags(link, tile * S.ranks, S)
+                    codes, scales = _encode(tile, source, S)
+                    total = _sum(codes, scales, tile, tile, all_blocks, source, link, S)
+                    _store(total, tile, sink, all_blocks, x_ptr.dtype.element_ty, S)
+        else:
+            for tile in range(program, tiles, tile_programs):
+                codes, scales = _send(tile, source, link, S)
+                if S.flagged:
+                    _await_flags(link, tile * S.ranks, S)
+                total = _sum(codes, scales, tile, tile, all_blocks, source, link, S)
+                _store(total, tile, sink, all_blocks, x_ptr.dtype.element_ty, S)
+    elif S.exact:
+        exact = (row_length, x_stride, out_stride, exact_columns, exact_values)
+        link = (buffers, flags, half + exact_at, exact_slot_bytes, 0, epoch, patience)
+        _exact(x_ptr, out_ptr, program - tile_programs, exact, link, S, EXACT_TILE)
+    _finish(counters_ptr, epoch)
+
+
+@triton.jit
+def two_shot(
+    x_ptr,
+    out_ptr,
+    residual_ptr,
+    weight_ptr,
+    normed_ptr,
+    buffers,
+    flags,
+    counters_ptr,
+    first_block,
+    all_blocks,
+    tile_programs,
+    values,
+    row_length,
+    x_stride,
+    out_stride,
+    exact_columns,
+    exact_values,
+    half_bytes,
+    slot_bytes,
+    sums_at,
+    exact_at,
+    exact_slot_bytes,
+    half_flags,
+    patience,
+    eps,
+    S: tl.constexpr,
+    EXACT_TILE: tl.constexpr,
+):
+    """Row by row of `ranks` tiles: each rank sums one of them, encodes the sum and sends that to all; in three roles.
+
+    A row has 2 * ranks flags: that a rank's part is here, that its sum is here.
+    """
+    FORMAT: tl.constexpr = S.format
+    RANKS: tl.constexpr = S.ranks
+    program = tl.program_id(0)
+    epoch = tl.load(counters_ptr, volatile=True) + 1
+    half = (epoch & 1).to(tl.int64) * half_bytes
+    if program < tile_programs:
+        source = (x_ptr, first_block, all_blocks, values, row_length, x_stride)
+        sink = (out_ptr, residual_ptr, weight_ptr, normed_ptr, first_block, values, row_length, out_stride, eps)
+        flags_at = (epoch & 1) * half_flags
+        parts = (buffers, flags, half, slot_bytes, flags_at, epoch, patience)
+        sums = (buffers, flags, half + sums_at, slot_bytes, flags_at + S.ranks, epoch, patience)
+        rows = tl.cdiv(tl.cdiv(all_blocks, S.tile_blocks), S.ranks)
+        slot_blocks = rows * S.tile_blocks
+        programs = tile_programs // 3
+        for row in range(program % programs, rows, programs):
+            own = row * S.ranks + S.rank
+            if program < programs:
+                for peer in tl.static_range(RANKS):
+                    if peer != S.rank:
+                        codes, scales = _encode(row * S.ranks + peer, source, S)
+                        _put(codes, scales, row * S.ranks + peer, row, slot_blocks, all_blocks, parts, S, peer)
+                _raise_flags(parts, row * 2 * S.ranks, S)
+            elif program < 2 * programs:
+                _await_flags(parts, row * 2 * S.ranks, S)
+                codes, scales = _encode(own, source, S)
+                total = _sum(codes, scales, own, row, slot_blocks, source, parts, S)
+                codes, scales = encode_tile(total, FORMAT)
+                for peer in tl.static_range(RANKS):
+                    if peer != S.rank:
+                        _put(codes, scales, own, row, slot_blocks, all_blocks, sums, S, peer)
+                _raise_flags(sums, row * 2 * S.ranks, S)
+                total = decode_tile(codes, scales, FORMAT)
+                _store(total, own, sink, all_blocks, x_ptr.dtype.element_ty, S)
+            else:
+                for peer in tl.static_range(RANKS):
+                    if peer != S.rank:
+                        wait_for_flag(flags, S.rank, flags_at + S.ranks + row * 2 * S.ranks + peer, epoch, patience)
+                        tl.debug_barrier()
+                        tile = row * S.ranks + peer
+                        total = _get(tile, row, slot_blocks, all_blocks, sums, S, peer)
+                        _store(total, tile, sink, all_blocks, x_ptr.dtype.element_ty, S)
+    elif S.exact:
+        exact = (row_length, x_stride, out_stride, exact_columns, exact_values)
+        link = (buffers, flags, half + exact_at, exact_slot_bytes, 0, epoch, patience)
+        _exact(x_ptr, out_ptr, program - tile_programs, exact, link, S, EXACT_TILE)
+    _finish(counters_ptr, epoch)
+
+
+@triton.jit
+def _blocks_of(tile, all_blocks, S: tl.constexpr):
+    """Numbers of a tile's blocks [BLOCKS], and which of them there are."""
+    within = tl.arange(0, S.blocks)
+    blocks = tile * S.tile_blocks + within
+    return blocks, (within < S.tile_blocks) & (blocks < all_blocks)
+
+
+@triton.jit
+def _encode(tile, source, S: tl.constexpr):
+    """Codes and scales of a tile of x."""
+    FORMAT: tl.constexpr = S.format
+    x_ptr, first_block, all_blocks, values, row_length, row_stride = source
+    blocks, mask = _blocks_of(tile, all_blocks, S)
+    places, address = addresses(first_block + blocks, row_length, row_stride, S.contiguous, S.block_size)
+    mask = mask[:, None]
+    if S.ragged:
+        mask = mask & (places < values)
+    return encode_tile(tl.load(x_ptr + address, mask=mask, other=0.0).to(tl.float32), FORMAT)
+
+
+@triton.jit
+def _put(codes, scales, tile, at, slot_blocks, all_blocks, link, S: tl.constexpr, PEER: tl.constexpr):
+    """Write a tile into the peer's slot, as the slot's tile `at`."""
+    FORMAT: tl.constexpr = S.format
+    buffers, flags, offset, slot_bytes, flags_at, epoch, patience = link
+    mask = _blocks_of(tile, all_blocks, S)[1]
+    within = at * S.tile_blocks + tl.arange(0, S.blocks)
+    slot = slot_at(buffers, PEER, offset, slot_bytes, S.rank, PEER)
+    put(codes, scales, within, mask, slot, slot_blocks, epoch, FORMAT, True)
+
+
+@triton.jit
+def _get(tile, at, slot_blocks, all_blocks, link, S: tl.constexpr, SOURCE: tl.constexpr):
+    """The values, float32, that SOURCE wrote as tile `at` of its slot here."""
+    FORMAT: tl.constexpr = S.format
+    buffers, flags, offset, slot_bytes, flags_at, epoch, patience = link
+    mask = _blocks_of(tile, all_blocks, S)[1]
+    within = at * S.tile_blocks + tl.arange(0, S.blocks)
+    slot = slot_at(buffers, S.rank, offset, slot_bytes, SOURCE, S.rank)
+    return get(within, mask, slot, slot_blocks, epoch, patience, FORMAT, S.block_size, S.flagged)
+
+
+@triton.jit
+def _send(tile, source, link, S: tl.constexpr):
+    """Write a tile of x into every peer's slot; returns its codes and scales."""
+    FORMAT: tl.constexpr = S.format
+    RANKS: tl.constexpr = S.ranks
+    x_ptr, first_block, all_blocks, values, row_length, x_stride = source
+    buffers, flags, offset, slot_bytes, flags_at, epoch, patience = link
+    blocks, mask = _blocks_of(tile, all_blocks, S)
+    codes, scales = _encode(tile, source, S)
+    for peer in tl.static_range(RANKS):
+        if peer != S.rank:
+            slot = slot_at(buffers, peer, offset, slot_bytes, S.rank, peer)
+            put(codes, scales, blocks, mask, slot, all_blocks, epoch, FORMAT, S.flagged)
+    if S.flagged:
+        _raise_flags(link, tile * S.ranks, S)
+    return codes, scales
+
+
+@triton.jit
+def _raise_flags(link, at, S: tl.constexpr):
+    """Tell all peers that what the program's threads wrote is there."""
+    RANKS: tl.constexpr = S.ranks
+    buffers, flags, offset, slot_bytes, flags_at, epoch, patience = link
+    tl.debug_barrier()
+    for peer in tl.static_range(RANKS):
+        if peer != S.rank:
+            raise_flag(flags, peer, flags_at + at + S.rank, epoch)
+
+
+@triton.jit
+def _await_flags(link, at, S: tl.constexpr):
+    """Wait until all peers have said so."""
+    RANKS: tl.constexpr = S.ranks
+    buffers, flags, offset, slot_bytes, flags_at, epoch, patience = link
+    for peer in tl.static_range(RANKS):
+        if peer != S.rank:
+            wait_for_flag(flags, S.rank, flags_at + at + peer, epoch, patience)
+    tl.debug_barrier()
+
+
+@triton.jit
+def _sum(
+    codes,
+    scales,
+    tile,
+    at,
+    slot_blocks,
+    source,
+    link,
+    S: tl.constexpr,
+):
+    """float32 [S.blocks, BLOCK_SIZE]: this rank's tile, given in codes, and its peers', in rank order."""
+    FORMAT: tl.constexpr = S.format
+    RANKS: tl.constexpr = S.ranks
+    for rank in tl.static_range(RANKS):
+        if rank == S.rank:
+            part = decode_tile(codes, scales, FORMAT)
+        else:
+            part = _get(tile, at, slot_blocks, source[2], link, S, rank)
+        if rank == 0:
+            total = part
+        else:
+            total += part
+    return total
+
+
+@triton.jit
+def _store(total, tile, sink, all_blocks, SUM: tl.constexpr, S: tl.constexpr):
+    """A tile of the sum, float32, to its place in `out`; or, a tile being a row, residual + sum there and its norm.
+
+    add_norm rounds where a reduction to dtype SUM, an addition and layers.norm.LocalRMSNorm after each other do.
+    """
+    out_ptr, residual_ptr, weight_ptr, normed_ptr, first_block, values, row_length, row_stride, eps = sink
+    blocks, mask = _blocks_of(tile, all_blocks, S)
+    places, address = addresses(first_block + blocks, row_length, row_stride, S.contiguous, S.block_size)
+    mask = mask[:, None]
+    if S.ragged:
+        mask = mask & (places < values)
+    total = total.to(SUM)
+    if S.add_norm:
+        stream = tl.load(residual_ptr + address, mask=mask, other=0.0)
+        stream = (total.to(tl.float32) + stream.to(tl.float32)).to(stream.dtype)
+        tl.store(out_ptr + address, stream, mask=mask)
+        wide = tl.where(mask, stream.to(tl.float32), 0.0)
+        mean = tl.sum(tl.sum(wide * wide, axis=1), axis=0) / row_length
+        wide = (wide * tl.rsqrt(mean + eps)).to(stream.dtype)
+        columns = tl.arange(0, S.blocks)[:, None] * S.block_size + tl.arange(0, S.block_size)[None, :]
+        weight = tl.load(weight_ptr + columns, mask=mask, other=0.0)
+        normed = wide.to(weight.dtype).to(tl.float32) * weight.to(tl.float32)
+        tl.store(normed_ptr + address, normed.to(weight.dtype), mask=mask)
+    else:
+        tl.store(out_ptr + address, total, mask=mask)
+
+
+@triton.jit
+def _exact(x_ptr, out_ptr, tile, exact, link, S: tl.constexpr, TILE: tl.constexpr):
+    """Sum the columns behind row_length as float32 words."""
+    RANKS: tl.constexpr = S.ranks
+    row_length, x_stride, out_stride, columns, values = exact
+    buffers, flags, offset, slot_bytes, flags_at, epoch, patience = link
+    place = tile * TILE + tl.arange(0, TILE)
+    mask = place < values
+    row, column = (place // columns).to(tl.int64), row_length + place % columns
+    own = tl.load(x_ptr + row * x_stride + column, mask=mask, other=0.0).to(tl.float32)
+    for peer in tl.static_range(RANKS):
+        if peer != S.rank:
+            slot = slot_at(buffers, peer, offset, slot_bytes, S.rank, peer).to(tl.pointer_type(tl.int64))
+            tl.store(slot + place, as_words(own.to(tl.int32, bitcast=True), epoch), mask=mask)
+    for rank in tl.static_range(RANKS):
+        if rank == S.rank:
+            part = own
+        else:
+            slot = slot_at(buffers, S.rank, offset, slot_bytes, rank, S.rank).to(tl.pointer_type(tl.int64))
+            part = read_words(slot + place, mask, epoch, patience).to(tl.float32, bitcast=True)
+        if rank == 0:
+            total = part
+        else:
+            total += part
+    tl.store(out_ptr + row * out_stride + column, total.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _finish(counters_ptr, epoch):
+    """Count the call when the last of its programs ends."""
+    tl.debug_barrier()
+    if tl.atomic_add(counters_ptr + 1, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1:
+        tl.store(counters_ptr + 1, 0)
+        tl.store(counters_ptr, epoch)

@@ -1,0 +1,115 @@
+"""What ranks in Triton's interpreter are asked about the symmetric backend's kernels, over a file that they all map."""
+
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from comm_jobs import ALWAYS_ONE_SHOT, ALWAYS_TWO_SHOT, contribution, kernels
+
+from megatron_ssm_tp.comm import collectives
+from megatron_ssm_tp.comm.recipes import AllReduceRecipe
+from megatron_ssm_tp.comm.tuning import Launch
+from megatron_ssm_tp.comm.workspace import FLAGS, Workspace
+from megatron_ssm_tp.layers.norm import rms_normalize
+
+
+class Call(NamedTuple):
+    """A reduction: of rows `stride` values apart, if that is not 0."""
+
+    shape: tuple[int, ...]
+    recipe: AllReduceRecipe
+    launch: Launch
+    dtype: torch.dtype = torch.bfloat16
+    exact_columns: int = 0
+    stride: int = 0
+
+
+@lru_cache
+def workspace(directory: Path, codes_bytes: int, patience: int = 1 << 20) -> Workspace:
+    """A workspace of all ranks, whose buffers are files of `directory`."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    size = 2 * Workspace.bytes_of_half(ranks, codes_bytes)
+    if rank == 0:
+        directory.mkdir()
+        for peer in range(ranks):
+            with open(directory / str(peer), "wb") as file:
+                file.truncate(size + 2 * FLAGS * 4)  # zeros
+    dist.barrier()
+    files = [str(directory / str(peer)) for peer in range(ranks)]
+    memory = [torch.UntypedStorage.from_file(file, shared=True, nbytes=size + 2 * FLAGS * 4) for file in files]
+    buffers = torch.tensor([storage.data_ptr() for storage in memory])
+    counters = torch.zeros(2, dtype=torch.int32)
+    return Workspace(rank, ranks, buffers, buffers + size, counters, patience, memory, codes_bytes)
+
+
+def _launch_module():
+    kernels()
+    from megatron_ssm_tp.comm import symmetric_launch
+
+    return symmetric_launch
+
+
+def _contribution(call: Call, seed: int) -> torch.Tensor:
+    shape = (*call.shape[:-1], call.stride) if call.stride else call.shape
+    x = contribution(shape, dist.get_rank() + 10 * seed, call.dtype)
+    return x[..., : call.shape[-1]] if call.stride else x
+
+
+def reduced(directory: Path, calls: list[Call], codes_bytes: int = 1 << 20) -> list[tuple[np.ndarray, bool]]:
+    """Of each call, one after the other: the result's bytes, and whether they are those of the collective backend."""
+    found, space = [], workspace(directory, codes_bytes)
+    for seed, call in enumerate(calls):
+        x = _contribution(call, seed)
+        before = x.clone()
+        out = _launch_module().reduce(space, x, call.recipe, call.exact_columns, call.launch)
+        assert torch.equal(x, before) and out.is_contiguous() and out.shape == x.shape and out.dtype == call.dtype
+        extra = ALWAYS_TWO_SHOT if call.launch.way == "two-shot" else ALWAYS_ONE_SHOT
+        expected = collectives.all_reduce(
+            x, dist.group.WORLD, call.recipe, exact_columns=call.exact_columns, one_shot_extra_bytes=extra
+        )
+        assert space.counters.tolist()[1] == 0  # no program of the call is missing
+        found.append((out.flatten().view(torch.uint8).numpy(), torch.equal(out, expected)))
+    return found
+
+
+def specials(directory: Path, recipe: AllReduceRecipe, launch: Launch) -> np.ndarray:
+    """As comm_jobs.specials."""
+    rank, x = dist.get_rank(), torch.ones(8, 40)
+    x[1, 3] = torch.nan if rank == 1 else 1
+    x[1, 4] = torch.inf if rank == 0 else 1
+    x[1, 5] = -torch.inf
+    x[1, 6] = torch.inf if rank == 0 else -torch.inf
+    return _launch_module().reduce(workspace(directory, 1 << 20), x, recipe, 0, launch).numpy()
+
+
+def add_norm(directory: Path, call: Call, weight_dtype: torch.dtype) -> tuple[np.ndarray, np.ndarray, str]:
+    """The new residual and the norm of the fused kernel, as float32, and where they are not those of three steps."""
+    x = _contribution(call, 0)
+    generator = torch.Generator().manual_seed(5)
+    residual = torch.randn(call.shape, generator=generator).to(call.dtype)
+    weight = torch.rand(call.shape[-1], generator=generator).to(weight_dtype)
+    module, space = _launch_module(), workspace(directory, 1 << 20)
+    stream, normed = module.reduce_add_norm(space, x, residual, weight, 1e-5, call.recipe, call.launch)
+    expected = module.reduce(space, x, call.recipe, 0, call.launch) + residual
+    their_norm = weight * rms_normalize(expected, 1e-5).to(weight.dtype)
+    problem = "" if torch.equal(stream, expected) else "residual "
+    # the mean of squares is summed in another order: a last bit of the result may differ
+    near = torch.allclose(normed.float(), their_norm.float(), rtol=2 * torch.finfo(weight_dtype).eps, atol=1e-30)
+    if not near or normed.dtype != their_norm.dtype:
+        problem += "norm"
+    return stream.float().numpy(), normed.float().numpy(), problem
+
+
+def lost_peer(directory: Path, recipe: AllReduceRecipe, launch: Launch) -> str:
+    """What the last rank sees of a reduction that nobody else takes part in."""
+    space = workspace(directory, 1 << 20, 300)
+    if dist.get_rank() < dist.get_world_size() - 1:
+        return ""
+    try:
+        _launch_module().reduce(space, torch.ones(64), recipe, 0, launch)
+    except BaseException as error:
+        return f"{type(error).__name__}: {error} {error.__cause__}"
+    return "no error"
