@@ -21,8 +21,8 @@ RECIPES = [Int8BlockScaling(32), Float8BlockScaling(32), Int4BlockScaling(32), B
 # Tiles of one block and of several, of no power of two; all programs at once and few.
 WORDS = [Launch("words", tile=32), Launch("words", tile=96, programs=2)]
 ONE_SHOT = [Launch("one-shot", tile=64), Launch("one-shot", tile=96, programs=2)]
-SPLIT = [Launch("split", tile=64), Launch("split", tile=96, programs=2)]
-TWO_SHOT = [Launch("two-shot", tile=64), Launch("two-shot", tile=32, programs=2)]
+SPLIT = [Launch("split", tile=64), Launch("split", tile=96, programs=2, chunk=3)]
+TWO_SHOT = [Launch("two-shot", tile=64), Launch("two-shot", tile=32, programs=2, chunk=2)]
 WAYS = pytest.mark.parametrize("ways", [WORDS, ONE_SHOT, SPLIT, TWO_SHOT], ids=lambda ways: ways[0].way)
 
 

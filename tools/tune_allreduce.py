@@ -42,8 +42,9 @@ def candidates(ranks: int, recipe: AllReduceRecipe, values: int) -> Iterator[Lau
             yield from _by_programs(Launch("one-shot", tile, warps), values // tile, (2, 4, 6))
     if sent >= SPLIT_AT_LEAST:
         for way in ("split",) if ranks == 2 else ("split", "two-shot"):
-            for tile, warps in ((1024, 4), (2048, 4), (2048, 8), (4096, 4), (4096, 8)):
-                yield from _by_programs(Launch(way, tile, warps), values // tile, (1, 2, 3, 4))
+            for tile, warps in ((2048, 4), (4096, 4), (4096, 8)):
+                for chunk in (2, 4, 8):
+                    yield from _by_programs(Launch(way, tile, warps, chunk=chunk), values // (tile * chunk), (1, 2, 3))
 
 
 def fused_candidates(ranks: int, recipe: AllReduceRecipe, rows: int, columns: int) -> Iterator[Launch]:
@@ -55,7 +56,8 @@ def fused_candidates(ranks: int, recipe: AllReduceRecipe, rows: int, columns: in
             yield from _by_programs(Launch("one-shot", columns, warps), rows, (2, 4))
         if sent >= SPLIT_AT_LEAST:
             for way in ("split",) if ranks == 2 else ("split", "two-shot"):
-                yield from _by_programs(Launch(way, columns, warps), rows, (1, 2, 3, 4))
+                for chunk in (2, 4, 8):
+                    yield from _by_programs(Launch(way, columns, warps, chunk=chunk), rows // chunk, (1, 2, 3))
 
 
 def _by_programs(launch: Launch, tiles: int, a_processor: tuple[int, ...]) -> Iterator[Launch]:

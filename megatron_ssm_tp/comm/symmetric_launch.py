@@ -123,7 +123,9 @@ def _launch_once(
         at = {"codes_at": workspace.words_at if how.way == "words" else 0}
         kernel, roles = one_shot, 2 if how.way == "split" else 1
         tiles = triton.cdiv(geometry["all_blocks"], tile_blocks)
-    programs = roles * min(how.programs or tiles, tiles)
+    chunk = how.chunk if roles > 1 else 1
+    chunks = triton.cdiv(tiles, chunk)
+    programs = roles * min(how.programs or chunks, chunks)
     exact_programs = triton.cdiv(geometry["exact_values"], EXACT_TILE)
     shape = Shape(
         rank=workspace.rank,
@@ -155,6 +157,7 @@ def _launch_once(
         exact_slot_bytes=EXACT_SLOT_BYTES,
         half_flags=FLAGS,
         patience=workspace.patience,
+        chunk=chunk,
         eps=eps,
         S=shape,
         EXACT_TILE=EXACT_TILE,

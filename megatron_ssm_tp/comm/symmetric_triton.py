@@ -4,11 +4,10 @@ The epoch counts a group's calls in device memory, so that a captured kernel cou
 writes lies in half e % 2 of the buffers, flags too. A rank that writes call e + 2 has finished e + 1, for which every
 peer had started e + 1 and so had finished e: nobody still reads what is overwritten.
 
-A release waits until peers have what was written, an acquire for them. In long reductions programs therefore share the
-work by roles: some only send and others only receive. Programs of the first role wait for nobody, those of each further
-role for programs of the role before; GPUs start programs by their numbers, in which the roles follow each other. So no
-program waits for one that cannot start, however few run at a time. The same holds where every program first sends its
-tiles and then waits for the same tiles of its peers' same programs.
+A release waits until peers have what was written: that takes longer than to write a tile. In long reductions programs
+therefore share the work by roles, some only send and others only receive, and a flag stands for `chunk` tiles. A program
+waits only for programs of its own number on the peers, or of the role before; GPUs start programs in the order of their
+numbers. So no program waits for one that cannot start, however few run at a time.
 
 What travels between functions in tuples:
 
@@ -90,6 +89,7 @@ def one_shot(
     exact_slot_bytes,
     half_flags,
     patience,
+    chunk,
     eps,
     S: tl.constexpr,
     EXACT_TILE: tl.constexpr,
@@ -107,20 +107,24 @@ def one_shot(
         link = (buffers, flags, half + codes_at, slot_bytes, (epoch & 1) * half_flags, epoch, patience)
         tiles = tl.cdiv(all_blocks, S.tile_blocks)
         if S.split:
-            senders = tile_programs // 2
-            if program < senders:
-                for tile in range(program, tiles, senders):
-                    _send(tile, source, link, S)
-            else:
-                for tile in range(program - senders, tiles, tile_programs - senders):
-                    _await_flags(link, tile * S.ranks, S)
-                    codes, scales = _encode(tile, source, S)
-                    total = _sum(codes, scales, tile, tile, all_blocks, source, link, S)
-                    _store(total, tile, sink, all_blocks, x_ptr.dtype.element_ty, S)
+            programs = tile_programs // 2
+            for part in range(program // 2, tl.cdiv(tiles, chunk), programs):
+                end = min((part + 1) * chunk, tiles)
+                if program % 2 == 0:
+                    for tile in range(part * chunk, end):
+                        _send(tile, source, link, S)
+                    _raise_flags(link, part * S.ranks, S)
+                else:
+                    _await_flags(link, part * S.ranks, S)
+                    for tile in range(part * chunk, end):
+                        codes, scales = _encode(tile, source, S)
+                        total = _sum(codes, scales, tile, tile, all_blocks, source, link, S)
+                        _store(total, tile, sink, all_blocks, x_ptr.dtype.element_ty, S)
         else:
             for tile in range(program, tiles, tile_programs):
                 codes, scales = _send(tile, source, link, S)
                 if S.flagged:
+                    _raise_flags(link, tile * S.ranks, S)
                     _await_flags(link, tile * S.ranks, S)
                 total = _sum(codes, scales, tile, tile, all_blocks, source, link, S)
                 _store(total, tile, sink, all_blocks, x_ptr.dtype.element_ty, S)
@@ -157,13 +161,14 @@ def two_shot(
     exact_slot_bytes,
     half_flags,
     patience,
+    chunk,
     eps,
     S: tl.constexpr,
     EXACT_TILE: tl.constexpr,
 ):
     """Row by row of `ranks` tiles: each rank sums one of them, encodes the sum and sends that to all; in three roles.
 
-    A row has 2 * ranks flags: that a rank's part is here, that its sum is here.
+    `chunk` rows have 2 * ranks flags: that a rank's parts are here, that its sums are here.
     """
     FORMAT: tl.constexpr = S.format
     RANKS: tl.constexpr = S.ranks
@@ -179,33 +184,38 @@ def two_shot(
         rows = tl.cdiv(tl.cdiv(all_blocks, S.tile_blocks), S.ranks)
         slot_blocks = rows * S.tile_blocks
         programs = tile_programs // 3
-        for row in range(program % programs, rows, programs):
-            own = row * S.ranks + S.rank
-            if program < programs:
-                for peer in tl.static_range(RANKS):
-                    if peer != S.rank:
-                        codes, scales = _encode(row * S.ranks + peer, source, S)
-                        _put(codes, scales, row * S.ranks + peer, row, slot_blocks, all_blocks, parts, S, peer)
-                _raise_flags(parts, row * 2 * S.ranks, S)
-            elif program < 2 * programs:
-                _await_flags(parts, row * 2 * S.ranks, S)
-                codes, scales = _encode(own, source, S)
-                total = _sum(codes, scales, own, row, slot_blocks, source, parts, S)
-                codes, scales = encode_tile(total, FORMAT)
-                for peer in tl.static_range(RANKS):
-                    if peer != S.rank:
-                        _put(codes, scales, own, row, slot_blocks, all_blocks, sums, S, peer)
-                _raise_flags(sums, row * 2 * S.ranks, S)
-                total = decode_tile(codes, scales, FORMAT)
-                _store(total, own, sink, all_blocks, x_ptr.dtype.element_ty, S)
+        for part in range(program // 3, tl.cdiv(rows, chunk), programs):
+            flag = part * 2 * S.ranks
+            end = min((part + 1) * chunk, rows)
+            if program % 3 == 0:
+                for row in range(part * chunk, end):
+                    for peer in tl.static_range(RANKS):
+                        if peer != S.rank:
+                            tile = row * S.ranks + peer
+                            codes, scales = _encode(tile, source, S)
+                            _put(codes, scales, tile, row, slot_blocks, all_blocks, parts, S, peer)
+                _raise_flags(parts, flag, S)
+            elif program % 3 == 1:
+                _await_flags(parts, flag, S)
+                for row in range(part * chunk, end):
+                    tile = row * S.ranks + S.rank
+                    codes, scales = _encode(tile, source, S)
+                    total = _sum(codes, scales, tile, row, slot_blocks, source, parts, S)
+                    codes, scales = encode_tile(total, FORMAT)
+                    for peer in tl.static_range(RANKS):
+                        if peer != S.rank:
+                            _put(codes, scales, tile, row, slot_blocks, all_blocks, sums, S, peer)
+                    total = decode_tile(codes, scales, FORMAT)
+                    _store(total, tile, sink, all_blocks, x_ptr.dtype.element_ty, S)
+                _raise_flags(sums, flag, S)
             else:
-                for peer in tl.static_range(RANKS):
-                    if peer != S.rank:
-                        wait_for_flag(flags, S.rank, flags_at + S.ranks + row * 2 * S.ranks + peer, epoch, patience)
-                        tl.debug_barrier()
-                        tile = row * S.ranks + peer
-                        total = _get(tile, row, slot_blocks, all_blocks, sums, S, peer)
-                        _store(total, tile, sink, all_blocks, x_ptr.dtype.element_ty, S)
+                _await_flags(sums, flag, S)
+                for row in range(part * chunk, end):
+                    for peer in tl.static_range(RANKS):
+                        if peer != S.rank:
+                            tile = row * S.ranks + peer
+                            total = _get(tile, row, slot_blocks, all_blocks, sums, S, peer)
+                            _store(total, tile, sink, all_blocks, x_ptr.dtype.element_ty, S)
     elif S.exact:
         exact = (row_length, x_stride, out_stride, exact_columns, exact_values)
         link = (buffers, flags, half + exact_at, exact_slot_bytes, 0, epoch, patience)
@@ -269,8 +279,6 @@ def _send(tile, source, link, S: tl.constexpr):
         if peer != S.rank:
             slot = slot_at(buffers, peer, offset, slot_bytes, S.rank, peer)
             put(codes, scales, blocks, mask, slot, all_blocks, epoch, FORMAT, S.flagged)
-    if S.flagged:
-        _raise_flags(link, tile * S.ranks, S)
     return codes, scales
 
 

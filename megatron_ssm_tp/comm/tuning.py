@@ -24,12 +24,14 @@ class Launch:
         tile: values a program holds at a time, at least a block; of a fused reduction, a row whatever this says.
         warps: of a program.
         programs: of each role, at most; further tiles are taken in turn. 0: one a tile.
+        chunk: tiles that share a flag, where programs have roles.
     """
 
     way: str
     tile: int = 1024
     warps: int = 4
     programs: int = 0
+    chunk: int = 1
 
 
 @dataclass(frozen=True)
@@ -73,5 +75,5 @@ def guess(ranks: int, recipe: AllReduceRecipe, values: int) -> Launch:
     if sent <= 1 << 18:
         return Launch("words", tile=512, warps=2)
     if ranks == 2 or sent <= 1 << 20:
-        return Launch("split", tile=2048, warps=4, programs=264)
-    return Launch("two-shot", tile=2048, warps=4, programs=264)
+        return Launch("split", tile=4096, warps=8, programs=264, chunk=4)
+    return Launch("two-shot", tile=4096, warps=8, programs=132, chunk=4)
