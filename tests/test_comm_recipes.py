@@ -1,6 +1,7 @@
 """Recipes, the book of recipes by site, and allreduce_autocast: no ranks needed."""
 
 import asyncio
+import sys
 import threading
 from dataclasses import FrozenInstanceError
 
@@ -8,7 +9,9 @@ import pytest
 import torch
 import yaml
 
+import megatron_ssm_tp
 from megatron_ssm_tp import UserError
+from megatron_ssm_tp.comm import quantize
 from megatron_ssm_tp.comm.autocast import allreduce_autocast, recipe_of
 from megatron_ssm_tp.comm.recipe_book import RecipeBook
 from megatron_ssm_tp.comm.recipes import (
@@ -249,3 +252,48 @@ def test_autocast_refuses_what_is_none(arguments, field):
     with pytest.raises(UserError) as error, allreduce_autocast(**arguments):
         pass
     one_line(error, field)
+
+
+def test_what_users_name_is_imported_from_the_package():
+    from megatron_ssm_tp.layers.row_parallel import set_recipes
+
+    for name in megatron_ssm_tp.__all__:
+        assert getattr(megatron_ssm_tp, name).__name__ == name
+    assert megatron_ssm_tp.set_recipes is set_recipes
+    assert megatron_ssm_tp.allreduce_autocast is allreduce_autocast
+
+
+@pytest.fixture
+def kernels_not_yet_imported(monkeypatch):
+    monkeypatch.delitem(sys.modules, "megatron_ssm_tp.comm.quantize_triton", raising=False)
+    monkeypatch.delattr("megatron_ssm_tp.comm.quantize_triton", raising=False)
+    quantize._triton.cache_clear()
+    yield
+    quantize._triton.cache_clear()
+
+
+@pytest.mark.parametrize("missing", ["triton", "triton.language"])
+def test_without_triton_there_are_no_kernels(kernels_not_yet_imported, monkeypatch, missing):
+    monkeypatch.delitem(sys.modules, "megatron_ssm_tp.comm.tiles", raising=False)
+    monkeypatch.setitem(sys.modules, missing, None)  # importing it then fails as if it were not there
+    assert quantize._triton() is None
+
+
+@pytest.mark.parametrize("broken", ["megatron_ssm_tp.comm.tiles", "tritonnot"])
+def test_another_failure_to_import_the_kernels_surfaces(kernels_not_yet_imported, monkeypatch, broken):
+    def missing(*_):
+        raise ModuleNotFoundError(f"No module named {broken!r}", name=broken)
+
+    class Finder:
+        find_spec = missing
+
+    monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
+    with pytest.raises(ModuleNotFoundError, match=broken):
+        quantize._triton()
+
+
+def test_a_broken_triton_surfaces(kernels_not_yet_imported, monkeypatch):
+    monkeypatch.delattr("triton.jit")
+    monkeypatch.delitem(sys.modules, "megatron_ssm_tp.comm.tiles", raising=False)
+    with pytest.raises((ImportError, AttributeError), match="jit"):
+        quantize._triton()
