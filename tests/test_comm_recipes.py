@@ -8,6 +8,7 @@ from dataclasses import FrozenInstanceError
 import pytest
 import torch
 import yaml
+from megatron.core.quantization.quant_config import GlobMatcher
 
 import megatron_ssm_tp
 from megatron_ssm_tp import UserError
@@ -155,7 +156,7 @@ def test_a_recipe_survives_a_file(tmp_path):
 @pytest.mark.parametrize(
     "text, said",
     [
-        ("- 1", ("recipe file",)),
+        ("- 1", ("recipes.yaml: recipe file=[1]",)),
         ("", ("recipe file=None",)),
         ("matcher: {}", ("matcher", "configs, matchers")),
         ("matchers: [1]", ("matchers",)),
@@ -179,7 +180,73 @@ def test_a_wrong_file_is_said_in_one_line(tmp_path, text, said):
     path.write_text(text)
     with pytest.raises(UserError) as error:
         RecipeBook.from_yaml_file(path)
-    one_line(error, *said)
+    one_line(error, str(path), *said)
+
+
+def test_a_dict_is_no_file():
+    with pytest.raises(UserError, match=r"^configs\.a=1: no mapping"):
+        RecipeBook.from_config_dict({"configs": {"a": 1}})
+
+
+SITES = [f"decoder.layers.{i}.mixer.{name}" for i in range(12) for name in ("x_proj", "out_proj")]
+SITES += ["decoder.layers.3.mlp.linear_fc2", "mtp.down"]
+SHORT = (
+    "decoder.layers.0..11.mixer.x_proj, decoder.layers.0..11.mixer.out_proj, decoder.layers.3.mlp.linear_fc2, mtp.down"
+)
+
+
+@pytest.mark.parametrize(
+    "pattern, said",
+    [
+        ("*", None),
+        ("*.mixer.*", None),
+        ("*.x_proj", None),
+        ("decoder.layers.1[01].*", None),
+        ("decoder.layers.12.*", "fits no row-parallel linear of this model"),
+        ("out_proj", "fits no row-parallel linear of this model"),
+        ("*.mixer.x*", "fits only x_proj, whose letters it must have"),
+    ],
+)
+def test_a_matcher_that_fits_no_site_is_said(tmp_path, pattern, said):
+    path = tmp_path / "recipes.yaml"
+    matcher = {"type": "glob", "pattern": pattern, "config": "int8"}
+    first = {"type": "glob", "pattern": "*", "config": "none", "enabled": True}  # that it never decides is no mistake
+    path.write_text(yaml.safe_dump({"matchers": {"all": first, "m": matcher | {"enabled": True}}}, sort_keys=False))
+    book = RecipeBook.from_yaml_file(path)
+    if said is None:
+        return book.check_sites(SITES)
+    with pytest.raises(UserError) as error:
+        book.check_sites(SITES)
+    one_line(
+        error, f"{path}: matchers.m.pattern={pattern!r}: {said}; legal: a glob for some of {SHORT}; or enabled: false"
+    )
+    RecipeBook.from_config_dict({"matchers": {"m": matcher}}).check_sites(SITES)  # not enabled
+    with pytest.raises(UserError, match=r"^matchers\.m\.pattern="):
+        RecipeBook.from_config_dict({"matchers": {"m": matcher | {"enabled": True}}}).check_sites(SITES)
+
+
+def test_sites_of_many_kinds_are_cut_short_and_none_are_said():
+    matcher = {"type": "glob", "pattern": "x", "config": "int8", "enabled": True}
+    book = RecipeBook.from_config_dict({"matchers": {"m": matcher}})
+    with pytest.raises(UserError) as error:
+        book.check_sites(f"{name}.down" for name in "abcdefghij")
+    one_line(error, "some of a.down, b.down, c.down, d.down, e.down, f.down, g.down, h.down, and 2 more; or")
+    with pytest.raises(UserError) as error:
+        book.check_sites([])
+    one_line(error, "some of the sites, of which there are none")
+    RecipeBook.everywhere(INT8).check_sites([])  # of one recipe for all nothing can be misspelt
+
+
+def test_globs_are_tried_once_for_a_site(monkeypatch):
+    tried = []
+    match = GlobMatcher.match
+    monkeypatch.setattr(GlobMatcher, "match", lambda *args: tried.append(args) or match(*args))
+    book = book_of(BOOK)
+    assert [book.recipe_for(OUT) for _ in range(3)] == 3 * [Int8BlockScaling(64)] and len(tried) == 3
+    for _ in range(3):
+        with allreduce_autocast(recipe=Int8BlockScaling(32)):
+            assert recipe_of("mtp.out_proj", None) == Int8BlockScaling(32)
+    assert len(tried) == 4
 
 
 def test_a_file_that_is_not_there(tmp_path):
@@ -279,21 +346,21 @@ def test_without_triton_there_are_no_kernels(kernels_not_yet_imported, monkeypat
     assert quantize._triton() is None
 
 
-@pytest.mark.parametrize("broken", ["megatron_ssm_tp.comm.tiles", "tritonnot"])
-def test_another_failure_to_import_the_kernels_surfaces(kernels_not_yet_imported, monkeypatch, broken):
-    def missing(*_):
-        raise ModuleNotFoundError(f"No module named {broken!r}", name=broken)
-
+@pytest.mark.parametrize(
+    "error",
+    [
+        ModuleNotFoundError("No module named 'tritonlike'", name="tritonlike"),
+        ModuleNotFoundError("No module named 'megatron_ssm_tp.comm.tiles'", name="megatron_ssm_tp.comm.tiles"),
+        ImportError("cannot import name 'jit' from 'triton'", name="triton"),
+    ],
+    ids=str,
+)
+def test_another_failure_to_import_the_kernels_surfaces(kernels_not_yet_imported, monkeypatch, error):
     class Finder:
-        find_spec = missing
+        def find_spec(self, *_):
+            raise error
 
     monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
-    with pytest.raises(ModuleNotFoundError, match=broken):
+    with pytest.raises(ImportError) as raised:
         quantize._triton()
-
-
-def test_a_broken_triton_surfaces(kernels_not_yet_imported, monkeypatch):
-    monkeypatch.delattr("triton.jit")
-    monkeypatch.delitem(sys.modules, "megatron_ssm_tp.comm.tiles", raising=False)
-    with pytest.raises((ImportError, AttributeError), match="jit"):
-        quantize._triton()
+    assert raised.value is error
