@@ -6,6 +6,7 @@ is Megatron's own all-reduce, to the bit. Reduce-scatters of sequence parallelis
 """
 
 import re
+import sys
 
 import torch
 from megatron.core.tensor_parallel import RowParallelLinear
@@ -47,8 +48,8 @@ class RecipeRowParallelLinear(RowParallelLinear):
 
 
 def _recipe(linear: nn.Module) -> AllReduceRecipe | None:
-    """The recipe that `linear`'s reduction follows now; None for linears of other makes (Transformer Engine's), and for
-    those of experts, whose sums are not reduced by them."""
+    """The recipe that `linear`'s reduction follows now; None for linears of other makes (Transformer Engine's: see
+    te_row_parallel.py), and for those of experts, whose sums are not reduced by them."""
     if not isinstance(linear, RecipeRowParallelLinear) or linear.sequence_parallel or linear.tp_group.size() == 1:
         return None
     return None if linear.explicit_expert_comm else recipe_of(linear.site, linear.tp_group, linear.recipes)
@@ -86,8 +87,9 @@ def reduce_partial(linear: RowParallelLinear, partial: torch.Tensor, exact_colum
 def set_recipes(model: nn.Module, recipes: AllReduceRecipe | RecipeBook | None, *, strict: bool = True) -> list[str]:
     """Have the row-parallel linears of `model`, any Megatron model, follow `recipes`; returns their sites, in order.
 
-    Megatron's own RowParallelLinears become RecipeRowParallelLinears in place; nothing else about them changes. Left
-    alone are those of experts, subclasses of others' making, and Transformer Engine's, which reduce by themselves.
+    Megatron's RowParallelLinears and TERowParallelLinears become RecipeRowParallelLinears and
+    RecipeTERowParallelLinears in place; nothing else about them changes. Left alone are those of experts, subclasses
+    of others' making, and what else of Transformer Engine's reduces by itself (its own layers, fused operations).
 
     A site is the linear's name in the model that it is first seen in, without the "module." of each wrapper (DDP,
     Float16Module). Layers are counted as modules are: from 0, and in every pipeline stage anew, as in the names that
@@ -105,14 +107,32 @@ def set_recipes(model: nn.Module, recipes: AllReduceRecipe | RecipeBook | None, 
     """
     book, linears = as_book(recipes), []
     for name, linear in model.named_modules():
-        if type(linear) is RowParallelLinear and not linear.explicit_expert_comm:
-            linear.__class__, linear.site = RecipeRowParallelLinear, ""
-        if isinstance(linear, RecipeRowParallelLinear):
-            linear.site = linear.site or re.sub(r"^(module\.)+", "", name)  # where it was built without a name
-            linears.append(linear)
+        kind = _kind(linear)
+        if kind is None:
+            continue
+        if type(linear) is not kind:
+            linear.__class__, linear.site = kind, ""
+        linear.site = linear.site or re.sub(r"^(module\.)+", "", name)  # where it was built without a name
+        linears.append(linear)
     sites = [linear.site for linear in linears if not linear.reduced_elsewhere]
     if book is not None and strict:
         book.check_sites(sites)
     for linear in linears:
         linear.recipes = book
     return sites
+
+
+def _kind(linear: nn.Module) -> type[nn.Module] | None:
+    """The class of ours that serves `linear`, if any."""
+    if isinstance(linear, RecipeRowParallelLinear):
+        return type(linear)
+    if type(linear) is RowParallelLinear:
+        return None if linear.explicit_expert_comm else RecipeRowParallelLinear
+    extension = sys.modules.get("megatron.core.extensions.transformer_engine")
+    # Without TE that module's classes are mocks, not types.
+    if extension is None or not extension.HAVE_TE or not isinstance(linear, extension.TERowParallelLinear):
+        return None
+    from .te_row_parallel import RecipeTERowParallelLinear
+
+    known = type(linear) in (extension.TERowParallelLinear, RecipeTERowParallelLinear)
+    return RecipeTERowParallelLinear if known and linear.parallel_mode == "row" else None  # experts' mode is None
