@@ -21,6 +21,7 @@ _LAZY = {
     "Int4BlockScaling": "megatron_ssm_tp.comm.recipes",
     "RecipeBook": "megatron_ssm_tp.comm.recipe_book",
     "allreduce_autocast": "megatron_ssm_tp.comm.autocast",
+    "set_recipes": "megatron_ssm_tp.layers.row_parallel",
     "UserError": "megatron_ssm_tp.errors",
     "PeerLostError": "megatron_ssm_tp.errors",
 }

@@ -1,18 +1,19 @@
 """What ranks are asked to do with a whole model whose reductions follow recipes."""
 
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 from collective_jobs import Sent, collectives_recorded
 from jobs import build, groups
 
-from megatron_ssm_tp import allreduce_autocast
+from megatron_ssm_tp import LLM, UserError, allreduce_autocast
 from megatron_ssm_tp.comm.recipe_book import RecipeBook
 from megatron_ssm_tp.comm.recipes import AllReduceRecipe, Int8BlockScaling
 from megatron_ssm_tp.compat.cpu import megatron_on_cpu
 from megatron_ssm_tp.layers.model import SSMModel
-from megatron_ssm_tp.layers.row_parallel import set_recipes
+from megatron_ssm_tp.layers.row_parallel import RecipeRowParallelLinear, set_recipes
 
 
 def _forward(model: SSMModel, token_ids: list[int]) -> tuple[np.ndarray, list[Sent]]:
@@ -52,8 +53,8 @@ def sites(path: Path) -> list[str]:
     return set_recipes(build(path), None)
 
 
-def plain_megatron_mlp(recipe: AllReduceRecipe | None) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
-    """Megatron's own MLP, its row-parallel linear swapped by one call: sites, output before and after, a gradient."""
+def _megatron_mlp() -> torch.nn.Module:
+    """Megatron's own, of Megatron's own linears."""
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
     from megatron.core.transformer import TransformerConfig
     from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -63,7 +64,12 @@ def plain_megatron_mlp(recipe: AllReduceRecipe | None) -> tuple[list[str], np.nd
     )
     torch.manual_seed(0)
     parts = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    mlp = torch.nn.ModuleDict({"mlp": MLP(config, parts, tp_group=groups().tp)})
+    return MLP(config, parts, tp_group=groups().tp)
+
+
+def plain_megatron_mlp(recipe: AllReduceRecipe | None) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
+    """Megatron's own MLP, its row-parallel linear swapped by one call: sites, output before and after, a gradient."""
+    mlp = torch.nn.ModuleDict({"mlp": _megatron_mlp()})
     x = torch.randn(5, 1, 32, generator=torch.Generator().manual_seed(1), requires_grad=True)
     before, _ = mlp["mlp"](x)
     sites = set_recipes(mlp, recipe)
@@ -146,3 +152,82 @@ def cast_after_building(path: Path, token_ids: list[int]) -> np.ndarray:
     ids = torch.tensor([token_ids])
     with torch.no_grad(), megatron_on_cpu():
         return model(ids, torch.arange(len(token_ids))[None], None, runtime_gather_output=True)[0].float().numpy()
+
+
+def error_of_set_recipes(path: Path, book: RecipeBook, strict: bool = True) -> str:
+    """The one line that set_recipes raises; a book that is refused leaves the model as it was."""
+    model = build(path)
+    set_recipes(model, Int8BlockScaling())
+    try:
+        set_recipes(model, book, strict=strict)
+    except UserError as error:
+        linears = [m for m in model.modules() if isinstance(m, RecipeRowParallelLinear)]
+        assert all(linear.recipes.recipe_for("x") == Int8BlockScaling() for linear in linears)
+        return str(error)
+    return ""
+
+
+def error_of_loading(path: Path, book: RecipeBook) -> str:
+    """That of LLM.from_pretrained, which reads no weights before it."""
+    with mock.patch("megatron_ssm_tp.inference.llm.load_parameters", side_effect=AssertionError("weights are read")):
+        try:
+            LLM.from_pretrained(path, tp_allreduce=book)
+        except UserError as error:
+            return str(error)
+    raise AssertionError("no error")
+
+
+def sites_under_wrappers() -> list[list[str]]:
+    """Of Megatron's own MLP bare, in Float16Module, and in DDP around that; and of a module whose name is module."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.transformer.module import Float16Module, MegatronModule
+
+    class Model(MegatronModule):
+        def __init__(self) -> None:
+            mlp = _megatron_mlp()
+            super().__init__(mlp.config)
+            self.module_list = torch.nn.ModuleDict({"module": mlp})
+
+    def wrapped(model: Model, count: int) -> torch.nn.Module:
+        model.config.bf16 = True
+        model = Float16Module(model.config, model) if count else model
+        ddp = DistributedDataParallelConfig(grad_reduce_in_fp32=True)
+        return DistributedDataParallel(model.config, ddp, model) if count > 1 else model
+
+    with megatron_on_cpu():
+        return [set_recipes(wrapped(Model(), count), Int8BlockScaling()) for count in range(3)]
+
+
+class _Counter(RecipeBook):
+    """int8 everywhere, and every question that it is asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def recipe_for(self, site: str) -> Int8BlockScaling:
+        self.asked.append(site)
+        return Int8BlockScaling(block_size=16)
+
+
+def questions(path: Path, token_ids: list[int]) -> tuple[list[str], list[str]]:
+    """The sites of a model, and those that its book is asked about in one forward pass."""
+    model, counter = build(path).eval(), _Counter()
+    sites = set_recipes(model, counter)
+    _forward(model, token_ids)
+    return sites, counter.asked
+
+
+def training_step(
+    path: Path, token_ids: list[int], recipe: AllReduceRecipe | None, **overrides
+) -> tuple[dict[str, np.ndarray], set[str]]:
+    """The loss and each parameter's gradient on this rank, and the names of parameters that every rank has whole."""
+    model = build(path, **overrides).train()
+    set_recipes(model, recipe)
+    ids = torch.tensor([token_ids])
+    with megatron_on_cpu():
+        positions = torch.arange(ids.shape[1] - 1)[None]
+        loss = model(ids[:, :-1], positions, None, labels=ids[:, 1:]).mean()
+        loss.backward()
+    found = {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}
+    whole = {n for n, p in model.named_parameters() if not getattr(p, "tensor_model_parallel", False)}
+    return found | {"loss": loss.detach().numpy()}, whole

@@ -320,3 +320,18 @@ def test_generate_with_quantized_reductions(tmp_path):
 def test_wrong_recipes_are_one_line(options, message):
     answer = run("generate", "--load", MAMBA, "--prompt", "x", *options)
     assert answer.returncode == 2 and message in answer.stderr and len(answer.stderr.splitlines()) == 1
+
+
+def test_a_recipe_file_for_another_model_is_one_line_from_rank_0(tmp_path):
+    file = tmp_path / "recipes.yaml"
+    file.write_text("matchers:\n  last: {type: glob, pattern: '*.layers.63.*', config: int8, enabled: true}\n")
+    answers = [
+        process.communicate(timeout=100)
+        for process in start_ranks(2, "generate", "--load", MAMBA, "--prompt", "x", "--tp-allreduce-cfg", file)
+    ]
+    [line] = answers[0][1].splitlines()
+    sites = "decoder.layers.0..5.mixer.x_proj, decoder.layers.0..5.mixer.out_proj"
+    said = (
+        "matchers.last.pattern='*.layers.63.*': fits no row-parallel linear of this model; legal: a glob for some of "
+    )
+    assert line.startswith(f"error: {file}: {said}{sites};") and answers[1][1] == ""

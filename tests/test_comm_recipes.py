@@ -1,14 +1,16 @@
-"""Recipes, the book of recipes by site, and allreduce_autocast: no ranks needed."""
+"""Recipes, allreduce_autocast, and what the package exports of them: no ranks needed."""
 
 import asyncio
+import sys
 import threading
 from dataclasses import FrozenInstanceError
 
 import pytest
 import torch
-import yaml
 
+import megatron_ssm_tp
 from megatron_ssm_tp import UserError
+from megatron_ssm_tp.comm import quantize
 from megatron_ssm_tp.comm.autocast import allreduce_autocast, recipe_of
 from megatron_ssm_tp.comm.recipe_book import RecipeBook
 from megatron_ssm_tp.comm.recipes import (
@@ -69,122 +71,6 @@ def test_supports_says_why_not():
     assert not ok and "-100" in reason
 
 
-BOOK = """
-configs:
-  small: {recipe: int8, block_size: 64}
-  slow: {recipe: int4}
-matchers:
-  first: {type: glob, pattern: "decoder.layers.0.*", config: none, enabled: true}
-  off: {type: glob, pattern: "*", config: slow}
-  mlp: {type: glob, pattern: "*.mlp.*", config: fp8, enabled: true}
-  rest: {type: glob, pattern: "decoder.*", config: small, enabled: true}
-"""
-
-
-def book_of(text: str) -> RecipeBook:
-    return RecipeBook.from_config_dict(yaml.safe_load(text))
-
-
-def test_the_first_matcher_that_matches_and_is_enabled_decides(tmp_path):
-    path = tmp_path / "recipes.yaml"
-    path.write_text(BOOK)
-    book = RecipeBook.from_yaml_file(path)
-    for _ in range(2):  # found, and remembered
-        assert book.recipe_for("decoder.layers.0.mixer.out_proj") is None
-        assert book.recipe_for(OUT) == Int8BlockScaling(64)
-        assert book.recipe_for("decoder.layers.0.mlp.linear_fc2") is None
-        assert book.recipe_for("decoder.layers.10.mlp.linear_fc2") == FP8
-        assert book.recipe_for("output_layer") is None
-
-
-def test_the_same_file_is_read_by_megatron_alike(tmp_path):
-    from megatron.core.quantization.utils import get_quant_config_or_none, load_quantization_recipe
-
-    path = tmp_path / "recipes.yaml"
-    path.write_text(BOOK + "  x: {type: glob, pattern: '*', config: slow, enabled: true}\n")
-    theirs, ours = load_quantization_recipe(str(path)), RecipeBook.from_yaml_file(path)
-    for site in (OUT, "embedding.word", "decoder.final"):
-        config = get_quant_config_or_none(site, theirs).config
-        assert recipe_by_name(config["recipe"], block_size=config.get("block_size", 128)) == ours.recipe_for(site)
-
-
-@pytest.mark.parametrize(
-    "pattern, found",
-    [
-        ("*", None),
-        ("decoder.layers.*.mixer.*", None),
-        ("*_proj", None),
-        ("*x_proj*", INT8),
-        (X, INT8),
-        ("decoder.layers.[0-3].mixer.x_proj", INT8),
-        ("decoder.layers.4.mixer.x_proj", None),
-    ],
-)
-def test_x_proj_is_quantized_only_by_name(pattern, found):
-    matchers = {"m": {"type": "glob", "pattern": pattern, "config": "int8", "enabled": True}}
-    assert RecipeBook.from_config_dict({"matchers": matchers}).recipe_for(X) == found
-
-
-def test_a_pattern_with_x_proj_in_it_takes_its_turn_for_other_sites():
-    matchers = {
-        "all": {"type": "glob", "pattern": "*", "config": "int4", "enabled": True},
-        "x": {"type": "glob", "pattern": "*x_proj", "config": "int8", "enabled": True},
-    }
-    book = RecipeBook.from_config_dict({"matchers": matchers})
-    assert book.recipe_for(X) == INT8 and book.recipe_for(OUT) == INT4
-    assert book.recipe_for("decoder.max_proj") == INT4  # ends like it, but is no x_proj
-
-
-def test_everywhere_is_all_but_x_proj():
-    book = RecipeBook.everywhere(FP8)
-    assert book.recipe_for(OUT) == FP8 and book.recipe_for(X) is None
-
-
-def test_a_recipe_survives_a_file(tmp_path):
-    for recipe in (Bf16(), Int8BlockScaling(64, 4096, "collective"), FP8, INT4):
-        config = {"configs": {"c": recipe.as_config()}}
-        config["matchers"] = {"m": {"type": "glob", "pattern": "*", "config": "c", "enabled": True}}
-        path = tmp_path / "one.yaml"
-        path.write_text(yaml.safe_dump(config))
-        assert RecipeBook.from_yaml_file(path).recipe_for(OUT) == recipe
-
-
-@pytest.mark.parametrize(
-    "text, said",
-    [
-        ("- 1", ("recipe file",)),
-        ("", ("recipe file=None",)),
-        ("matcher: {}", ("matcher", "configs, matchers")),
-        ("matchers: [1]", ("matchers",)),
-        ("configs: {a: {recipe: int3}}", ("configs.a.recipe='int3'", "none, bf16, int8, fp8, int4")),
-        ("configs: {a: {block_size: 64}}", ("configs.a.recipe=None", "int8")),
-        ("configs: {a: {recipe: int8, block_size: 3}}", ("configs.a.block_size=3", "128")),
-        ("configs: {a: {recipe: int8, blocksize: 3}}", ("blocksize", "block_size")),
-        ("configs: {a: int8}", ("configs.a='int8'", "mapping")),
-        ("matchers: {m: {pattern: '*', config: int8, enabled: true}}", ("matchers.m.type=None", "glob")),
-        ("matchers: {m: {type: regex, pattern: '*', config: int8}}", ("matchers.m.type='regex'", "glob")),
-        ("matchers: {m: {type: glob, config: int8}}", ("matchers.m.pattern=None",)),
-        ("matchers: {m: {type: glob, pattern: '*', config: int9}}", ("matchers.m.config='int9'", "int8")),
-        ("matchers: {m: {type: glob, pattern: '*', config: int8, enabled: 'on'}}", ("matchers.m.enabled='on'",)),
-        ("matchers: {m: {type: glob, glob: '*', config: int8}}", ("'glob'", "type, pattern, config, enabled")),
-        ("matchers: {m: [1]}", ("matchers.m",)),
-        ("a: {", ("is not YAML",)),
-    ],
-)
-def test_a_wrong_file_is_said_in_one_line(tmp_path, text, said):
-    path = tmp_path / "recipes.yaml"
-    path.write_text(text)
-    with pytest.raises(UserError) as error:
-        RecipeBook.from_yaml_file(path)
-    one_line(error, *said)
-
-
-def test_a_file_that_is_not_there(tmp_path):
-    with pytest.raises(UserError) as error:
-        RecipeBook.from_yaml_file(tmp_path / "none.yaml")
-    one_line(error, "none.yaml", "cannot be read")
-
-
 def test_autocast_decides_within_and_restores():
     book = RecipeBook.everywhere(INT4)
     assert recipe_of(OUT, None) is None and recipe_of(OUT, None, book) == INT4
@@ -199,7 +85,7 @@ def test_autocast_decides_within_and_restores():
         assert recipe_of(OUT, None) == FP8
         with allreduce_autocast():
             assert recipe_of(OUT, None) == INT8
-        with allreduce_autocast(recipe=book_of(BOOK)):
+        with allreduce_autocast(recipe=RecipeBook.everywhere(Int8BlockScaling(64))):
             assert recipe_of(OUT, None) == Int8BlockScaling(64)
     assert recipe_of(OUT, None) is None
 
@@ -249,3 +135,48 @@ def test_autocast_refuses_what_is_none(arguments, field):
     with pytest.raises(UserError) as error, allreduce_autocast(**arguments):
         pass
     one_line(error, field)
+
+
+def test_what_users_name_is_imported_from_the_package():
+    from megatron_ssm_tp.layers.row_parallel import set_recipes
+
+    for name in megatron_ssm_tp.__all__:
+        assert getattr(megatron_ssm_tp, name).__name__ == name
+    assert megatron_ssm_tp.set_recipes is set_recipes
+    assert megatron_ssm_tp.allreduce_autocast is allreduce_autocast
+
+
+@pytest.fixture
+def kernels_not_yet_imported(monkeypatch):
+    monkeypatch.delitem(sys.modules, "megatron_ssm_tp.comm.quantize_triton", raising=False)
+    monkeypatch.delattr("megatron_ssm_tp.comm.quantize_triton", raising=False)
+    quantize._triton.cache_clear()
+    yield
+    quantize._triton.cache_clear()
+
+
+@pytest.mark.parametrize("missing", ["triton", "triton.language"])
+def test_without_triton_there_are_no_kernels(kernels_not_yet_imported, monkeypatch, missing):
+    monkeypatch.delitem(sys.modules, "megatron_ssm_tp.comm.tiles", raising=False)
+    monkeypatch.setitem(sys.modules, missing, None)  # importing it then fails as if it were not there
+    assert quantize._triton() is None
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ModuleNotFoundError("No module named 'tritonlike'", name="tritonlike"),
+        ModuleNotFoundError("No module named 'megatron_ssm_tp.comm.tiles'", name="megatron_ssm_tp.comm.tiles"),
+        ImportError("cannot import name 'jit' from 'triton'", name="triton"),
+    ],
+    ids=str,
+)
+def test_another_failure_to_import_the_kernels_surfaces(kernels_not_yet_imported, monkeypatch, error):
+    class Finder:
+        def find_spec(self, *_):
+            raise error
+
+    monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
+    with pytest.raises(ImportError) as raised:
+        quantize._triton()
+    assert raised.value is error

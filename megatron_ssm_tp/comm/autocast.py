@@ -40,7 +40,8 @@ def allreduce_autocast(
 
     Args:
         enabled: False turns quantization off within.
-        recipe: for all sites but x_proj's, or a book of recipes by site; Int8BlockScaling() if none is given.
+        recipe: for all sites but x_proj's, or a book of recipes by site; Int8BlockScaling() if none is given. No model
+            is known here, so that a book's matchers that fit none of its sites are not found out as by `set_recipes`.
         group: only reductions over this process group; all groups if none is given.
 
     Raises:

@@ -138,6 +138,8 @@ def _kernels(x: torch.Tensor, recipe: AllReduceRecipe) -> ModuleType | None:
 def _triton() -> ModuleType | None:
     try:
         from . import quantize_triton
-    except ImportError:  # no Triton
-        return None
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] == "triton":
+            return None
+        raise  # Triton is there, and something else is broken: torch in its place would hide it
     return quantize_triton

@@ -100,7 +100,7 @@ class LLM:
             limits: how many requests and tokens run at once.
             seed: of the sampling generator, the same on every rank.
             tp_allreduce: how the ranks' partial sums travel: a recipe for all sites but x_proj's, or a book of recipes
-                by site; None is Megatron's own all-reduce.
+                by site, none of whose enabled matchers may fit no site; None is Megatron's own all-reduce.
             exact_norm: a Mamba-2 norm that spans ranks is finished before out_proj, by an all-reduce of its own.
 
         Raises:
@@ -127,10 +127,10 @@ class LLM:
             check_same("tp_allreduce", recipes.fingerprint() if recipes else "none", groups.tp)
             length = limits.max_sequence_length
             model = build_model(checkpoint.config, groups, params_dtype, device, length, seed, exact_norm)
+            set_recipes(model, recipes)  # before the weights: a book for another model is refused at once
             parameters = dict(model.named_parameters())
             with tqdm(total=len(parameters), desc="loading", disable=None if groups.tp.rank() == 0 else True) as bar:
                 load_parameters(parameters, checkpoint, groups.tp.rank(), tp, lambda name: bar.update())
-            set_recipes(model, recipes)
             return cls(model.eval(), checkpoint, words, limits)
 
     def generate(

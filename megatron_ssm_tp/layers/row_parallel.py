@@ -5,6 +5,9 @@ A site is a linear's module name, such as decoder.layers.3.mixer.out_proj. The r
 is Megatron's own all-reduce, to the bit. Reduce-scatters of sequence parallelism are never quantized.
 """
 
+import re
+import sys
+
 import torch
 from megatron.core.tensor_parallel import RowParallelLinear
 from megatron.core.tensor_parallel.mappings import (
@@ -32,19 +35,21 @@ class RecipeRowParallelLinear(RowParallelLinear):
 
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """input_ [.., d/p] -> [.., h], and the bias where skip_bias_add is set."""
-        if _recipe(self) is None:
+        recipe = _recipe(self)
+        if recipe is None:
             return super().forward(input_)
         if not self.input_is_parallel:
             input_ = scatter_to_tensor_model_parallel_region(input_, group=self.tp_group)
-        out = reduce_partial(self, partial_product(self, input_))
+        partial = partial_product(self, input_)
+        out = mappings.reduce_from_tensor_model_parallel_region(partial, self.tp_group, recipe)
         if self.skip_bias_add or self.bias is None:
             return out, self.bias if self.skip_bias_add else None
         return out + self.bias, None
 
 
 def _recipe(linear: nn.Module) -> AllReduceRecipe | None:
-    """The recipe that `linear`'s reduction follows now; None for linears of other makes (Transformer Engine's), and for
-    those of experts, whose sums are not reduced by them."""
+    """The recipe that `linear`'s reduction follows now; None for linears of other makes (Transformer Engine's: see
+    te_row_parallel.py), and for those of experts, whose sums are not reduced by them."""
     if not isinstance(linear, RecipeRowParallelLinear) or linear.sequence_parallel or linear.tp_group.size() == 1:
         return None
     return None if linear.explicit_expert_comm else recipe_of(linear.site, linear.tp_group, linear.recipes)
@@ -79,23 +84,55 @@ def reduce_partial(linear: RowParallelLinear, partial: torch.Tensor, exact_colum
     return mappings.reduce_from_tensor_model_parallel_region(partial, linear.tp_group, recipe, exact_columns)
 
 
-def set_recipes(model: nn.Module, recipes: AllReduceRecipe | RecipeBook | None) -> list[str]:
+def set_recipes(model: nn.Module, recipes: AllReduceRecipe | RecipeBook | None, *, strict: bool = True) -> list[str]:
     """Have the row-parallel linears of `model`, any Megatron model, follow `recipes`; returns their sites, in order.
 
-    Megatron's own RowParallelLinears become RecipeRowParallelLinears in place, their sites the names they have in
-    `model`; nothing else about them changes. Left alone are those of experts, subclasses of others' making, and
-    Transformer Engine's, which reduce by themselves.
+    Megatron's RowParallelLinears and TERowParallelLinears become RecipeRowParallelLinears and
+    RecipeTERowParallelLinears in place; nothing else about them changes. Left alone are those of experts, subclasses
+    of others' making, and what else of Transformer Engine's reduces by itself (its own layers, fused operations).
+
+    A site is the linear's name in the model that it is first seen in, without the "module." of each wrapper (DDP,
+    Float16Module). Layers are counted as modules are: from 0, and in every pipeline stage anew, as in the names that
+    Megatron gives its own RecipeConfig. Megatron-FSDP knows classes by name: wrap in it first.
+
+    Args:
+        model: a whole model, wrapped or not, or one stage or chunk of it.
+        recipes: one for all sites but x_proj's, or a book; None is Megatron's own all-reduce.
+        strict: hold a book's matchers against the sites, see RecipeBook.check_sites. Of stages that differ give False,
+            and check the sites of all of them, or some ranks raise what others do not.
 
     Raises:
-        UserError: `recipes` is something else.
+        UserError: `recipes` is something else, or `strict` and an enabled matcher fits no site; nothing is set then.
+            The same on all tensor-parallel ranks, whose sites are the same.
     """
-    book, sites = as_book(recipes), []
+    book, linears = as_book(recipes), []
     for name, linear in model.named_modules():
-        if type(linear) is RowParallelLinear and not linear.explicit_expert_comm:
-            linear.__class__, linear.site = RecipeRowParallelLinear, ""
-        if isinstance(linear, RecipeRowParallelLinear):
-            linear.site = linear.site or name.removeprefix("module.")  # where it was built without a name
-            linear.recipes = book
-            if not linear.reduced_elsewhere:
-                sites.append(linear.site)
+        kind = _kind(linear)
+        if kind is None:
+            continue
+        if type(linear) is not kind:
+            linear.__class__, linear.site = kind, ""
+        linear.site = linear.site or re.sub(r"^(module\.)+", "", name)  # where it was built without a name
+        linears.append(linear)
+    sites = [linear.site for linear in linears if not linear.reduced_elsewhere]
+    if book is not None and strict:
+        book.check_sites(sites)
+    for linear in linears:
+        linear.recipes = book
     return sites
+
+
+def _kind(linear: nn.Module) -> type[nn.Module] | None:
+    """The class of ours that serves `linear`, if any."""
+    if isinstance(linear, RecipeRowParallelLinear):
+        return type(linear)
+    if type(linear) is RowParallelLinear:
+        return None if linear.explicit_expert_comm else RecipeRowParallelLinear
+    extension = sys.modules.get("megatron.core.extensions.transformer_engine")
+    # Without TE that module's classes are mocks, not types.
+    if extension is None or not extension.HAVE_TE or not isinstance(linear, extension.TERowParallelLinear):
+        return None
+    from .te_row_parallel import RecipeTERowParallelLinear
+
+    known = type(linear) in (extension.TERowParallelLinear, RecipeTERowParallelLinear)
+    return RecipeTERowParallelLinear if known and linear.parallel_mode == "row" else None  # experts' mode is None
