@@ -190,7 +190,9 @@ def _verdict(cells: list[Cell]) -> list[str]:
     """The largest error, and at how many tokens ranks got different bits."""
     errors = [cell.error for cell in cells if cell.error is not None]
     different = [str(cell.tokens) for cell in cells if cell.same_bits is False]
-    return [f"{max(errors):.1e}" if errors else "-", f"NOT at {', '.join(different)}" if different else "yes"]
+    if not errors:
+        return ["-", "-"]
+    return [f"{max(errors):.1e}", f"NOT at {', '.join(different)}" if different else "yes"]
 
 
 def notes(cells: list[Cell], missing: dict[str, str]) -> str:
