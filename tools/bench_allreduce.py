@@ -214,8 +214,12 @@ def plot(cells: list[Cell], path: str, title: str) -> None:
     from matplotlib import pyplot
 
     panels = list(dict.fromkeys((cell.hidden, cell.table) for cell in cells))
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(6 * len(panels), 6), squeeze=False, layout="constrained")
-    for axis, (hidden, table) in zip(axes[0], panels, strict=True):
+    rows = -(-len(panels) // 2)
+    figure, axes = pyplot.subplots(rows, 2, figsize=(14, 6 * rows), squeeze=False, layout="constrained")
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    for axis, (hidden, table) in zip(axes.flat, panels, strict=False):
+        axis.set_prop_cycle(color=pyplot.get_cmap("tab20").colors)
         of_panel = [cell for cell in cells if (cell.hidden, cell.table) == (hidden, table) and cell.us]
         for way in dict.fromkeys(cell.way for cell in of_panel):
             points = [(cell.tokens, cell.us) for cell in of_panel if cell.way == way]
