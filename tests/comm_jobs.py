@@ -12,7 +12,6 @@ import torch.distributed as dist
 from megatron_ssm_tp import UserError
 from megatron_ssm_tp.comm import collectives, quantize
 from megatron_ssm_tp.comm.autocast import allreduce_autocast, recipe_of
-from megatron_ssm_tp.comm.codes import rounding_bound
 from megatron_ssm_tp.comm.mappings import reduce_from_tensor_model_parallel_region
 from megatron_ssm_tp.comm.quantize import Layout
 from megatron_ssm_tp.comm.recipes import AllReduceRecipe, Int4BlockScaling, Int8BlockScaling
@@ -48,22 +47,6 @@ def reduced(
     out = collectives.all_reduce(x, world(), recipe, exact_columns=exact_columns, one_shot_extra_bytes=extra)
     assert torch.equal(x, before) and out.is_contiguous() and out.shape == x.shape and out.dtype == dtype
     return out.flatten().view(torch.uint8).numpy()
-
-
-def bound_of_sum(contributions: list[torch.Tensor], recipe: AllReduceRecipe, two_shot: bool) -> torch.Tensor:
-    """How far a quantized sum may be off, float64, of the contributions' shape."""
-    size, shape, dtype = recipe.block_size, contributions[0].shape, contributions[0].dtype
-
-    def in_blocks(x: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.pad(x.flatten().float(), (0, -x.numel() % size)).view(-1, size)
-
-    exact = sum(in_blocks(x) for x in contributions)
-    bound = sum(rounding_bound(in_blocks(x), recipe) for x in contributions)
-    bound = bound + 1e-6 * sum(in_blocks(x).abs() for x in contributions)  # float32 sums
-    if two_shot:
-        bound = bound + rounding_bound(exact.abs() + bound, recipe)
-    bound = bound + (exact.abs() + bound) * torch.finfo(dtype).eps  # the result's own rounding
-    return bound.flatten()[: contributions[0].numel()].view(shape).double()
 
 
 def specials(recipe: AllReduceRecipe, extra: int) -> np.ndarray:

@@ -9,7 +9,6 @@ the others, and put in the file only with --x-proj.
 """
 
 import argparse
-import importlib.util
 import json
 import math
 import re
@@ -21,14 +20,13 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 import yaml
+from measure import check_plot, check_writable, markdown
 from quality import (
     Score,
     Setting,
     Site,
     bytes_a_token,
-    check_writable,
     evaluate,
-    markdown,
     open_setting,
     parser,
     sites_of,
@@ -136,10 +134,9 @@ def read_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def recipes_of(args: argparse.Namespace) -> list[AllReduceRecipe]:
     """Raises UserError: anything that would fail only after the work."""
-    for option in ("out", "plot", "json"):
+    for option in ("out", "json"):
         check_writable(f"--{option}", getattr(args, option))
-    if args.plot and importlib.util.find_spec("matplotlib") is None:
-        raise UserError("--plot", args.plot, "matplotlib is not installed", "pip install matplotlib, or no --plot")
+    check_plot(args.plot)
     if not args.budget > 0 or math.isinf(args.budget):
         raise UserError("--budget", args.budget, "no budget", "a number above 0, in nats a token")
     for name in args.recipe:

@@ -13,13 +13,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from measure import check_writable, markdown
 from quality import (
     Books,
     Score,
     bytes_a_token,
-    check_writable,
     evaluate,
-    markdown,
     open_setting,
     parser,
     sites_of,

@@ -20,7 +20,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_ssm_tp import UserError
 from megatron_ssm_tp.checkpoint.loader import ModelCheckpoint, load_parameters, open_model
-from megatron_ssm_tp.cli.console import Parser, is_speaker
+from megatron_ssm_tp.cli.console import Parser
 from megatron_ssm_tp.comm.recipe_book import RecipeBook
 from megatron_ssm_tp.compat.cpu import megatron_on_cpu
 from megatron_ssm_tp.inference.distributed import join
@@ -253,16 +253,3 @@ def _conditions(args: argparse.Namespace, tp: int, device: torch.device) -> str:
     name = Path(args.load).resolve().name
     backend = dist.get_backend()
     return f"{date.today()}, {name}, {args.dtype}, TP={tp}, {on}, {backend}, torch {torch.__version__}; {text}"
-
-
-def check_writable(option: str, path: str | None) -> None:
-    """Raises UserError, before the work, for what could only fail after it."""
-    if path is None or not is_speaker():
-        return
-    file = Path(path)
-    if not file.name or file.is_dir() or not os.access(file.parent, os.W_OK):
-        raise UserError(option, path, "cannot be written", "a file in a folder that can be written to")
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])

@@ -94,3 +94,30 @@ def rounding_bound(values: torch.Tensor, recipe: AllReduceRecipe) -> torch.Tenso
     scales = (kept.abs().amax(1) / limit).clamp(min=SMALLEST_SCALE)[:, None]
     bound = torch.maximum(kept.abs() * 2.0**-4, scales * 2.0**-10) if recipe.name == "fp8" else scales / 2
     return torch.where(finite, bound * (1 + 2.0**-16), 0.0)
+
+
+def bound_of_sum(contributions: list[torch.Tensor], recipe: AllReduceRecipe, two_shot: bool) -> torch.Tensor:
+    """How far a quantized sum of the ranks' tensors may be off the exact one; says nothing where that is not finite.
+
+    Args:
+        contributions: one a rank, of one shape and dtype; the sum has their dtype.
+        recipe: what each of them was encoded with.
+        two_shot: whether the sum was encoded as well.
+
+    Returns:
+        float64, of the contributions' shape.
+    """
+    shape, dtype = contributions[0].shape, contributions[0].dtype
+    blocks = [_in_blocks(x, recipe.block_size) for x in contributions]
+    exact = sum(blocks)
+    bound = sum(rounding_bound(x, recipe) for x in blocks)
+    bound = bound + 1e-6 * sum(x.abs() for x in blocks)  # float32 sums
+    if two_shot:
+        bound = bound + rounding_bound(exact.abs() + bound, recipe)
+    finfo = torch.finfo(dtype)  # the result's own rounding
+    bound = bound + (exact.abs() + bound) * finfo.eps + finfo.smallest_normal * finfo.eps
+    return bound.flatten()[: contributions[0].numel()].view(shape).double()
+
+
+def _in_blocks(x: torch.Tensor, size: int) -> torch.Tensor:
+    return torch.nn.functional.pad(x.flatten().float(), (0, -x.numel() % size)).view(-1, size)

@@ -1,0 +1,214 @@
+"""What the tools that time and soak all-reduces share: ranks, conditions, timing, bits; and how every tool prints."""
+
+import gc
+import importlib.util
+import os
+import subprocess
+from collections.abc import Callable
+from datetime import date, timedelta
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+import torch
+import torch.distributed as dist
+
+from megatron_ssm_tp.cli.console import is_speaker
+from megatron_ssm_tp.comm.backends import BACKENDS
+from megatron_ssm_tp.errors import UserError
+from megatron_ssm_tp.ranks import lost_peers_reported
+
+# No way that is measured uses NVLink multicast, NCCL's neither.
+_NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
+_REPORTED = (*_NO_MULTICAST, "NCCL_P2P_DISABLE", "NCCL_P2P_LEVEL", "NCCL_SHM_DISABLE", "NCCL_ALGO", "NCCL_PROTO")
+_REPEATS, _FEWEST, _SECONDS = 50, 10, 0.1
+
+
+def start(timeout_s: float) -> torch.device:
+    """Meet the other ranks (torchrun's environment, or a group that is there already): this rank's device.
+
+    Raises:
+        UserError: there is one rank, or more of them than GPUs.
+        PeerLostError: the others could not be met.
+    """
+    os.environ.update(_NO_MULTICAST)
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if rank >= gpus:
+            raise UserError("number of ranks", rank + 1, "are more than this machine's GPUs", f"2 to {gpus}")
+        device = torch.device("cuda", rank)
+        torch.cuda.set_device(device)
+    ranks = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+    if ranks == 1:
+        raise UserError("number of ranks", 1, "nothing is reduced", "2 or more (torchrun --nproc-per-node)")
+    if not dist.is_initialized():
+        backend, on_gpu = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        with lost_peers_reported():
+            dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), device_id=on_gpu)
+    gc.freeze()  # every capture of a CUDA graph collects garbage: not through all that was imported
+    return device
+
+
+def prepare_symmetric(groups: list[dist.ProcessGroup], device: torch.device, timeout_s: float) -> str:
+    """Allocate the backend "symmetric"'s buffers for the groups that this rank belongs to.
+
+    Returns:
+        Why it cannot be used, the same on every rank; empty if it can.
+    """
+    if "symmetric" not in BACKENDS:
+        return "not part of this installation"
+    if device.type != "cuda":
+        return "needs GPUs"
+    symmetric, reason = import_module("megatron_ssm_tp.comm.symmetric"), ""
+    try:
+        for group in groups:
+            symmetric.prepare(group, timeout_s=timeout_s)
+    except UserError as error:
+        reason = str(error)
+    reasons = [""] * dist.get_world_size()
+    dist.all_gather_object(reasons, reason)
+    return next(filter(None, reasons), "")
+
+
+# --- Conditions -----------------------------------------------------------------------------------------------------
+
+
+def conditions(device: torch.device) -> dict[str, str]:
+    """What figures depend on, to be printed with them."""
+    found = {"date": str(date.today()), "ranks": str(dist.get_world_size()), "backend": dist.get_backend()}
+    if device.type == "cuda":
+        found |= {"device": torch.cuda.get_device_name(device), "link": _link(), "driver": _driver()}
+        found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+    else:
+        found["device"] = f"CPU ({os.cpu_count()} cores)"
+    found |= {"torch": torch.__version__, "triton": _version("triton")}
+    return found | {name: os.environ[name] for name in _REPORTED if name in os.environ}
+
+
+def in_words(found: dict[str, str]) -> str:
+    return ", ".join(value if name == "date" else f"{name} {value}" for name, value in found.items())
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
+
+
+def _driver() -> str:
+    lines = _nvidia_smi("--query-gpu=driver_version", "--format=csv,noheader")
+    return lines[0] if lines else "unknown"
+
+
+def _link() -> str:
+    """How nvidia-smi says that this run's GPUs are linked, such as NV18 or PIX."""
+    ranks = dist.get_world_size()
+    rows = [line.split() for line in _nvidia_smi("topo", "-m")]
+    cells = [row[1 : 1 + ranks] for row in rows if row and row[0].startswith("GPU") and "X" in row[1:]]
+    kinds = {cell for row in cells[:ranks] for cell in row} - {"X"}
+    return "/".join(sorted(kinds)) or "unknown"
+
+
+def _nvidia_smi(*arguments: str) -> list[str]:
+    try:
+        done = subprocess.run(["nvidia-smi", *arguments], capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return done.stdout.splitlines() if done.returncode == 0 else []
+
+
+# --- Timing ---------------------------------------------------------------------------------------------------------
+
+
+def seconds(run: Callable[[], object], device: torch.device, refresh: Callable[[], object] | None = None) -> float:
+    """How long `run` takes: the median of 50 (of fewer, if they are long), of the rank where that is largest.
+
+    Runs are queued, not waited for one by one: what the host does for the next passes while the device is busy, and
+    shows where the device has to wait for it.
+
+    Args:
+        refresh: called before each run, not timed: restores what `run` overwrites.
+    """
+    for _ in range(2):
+        _timed(run, device, refresh, 1)
+    dist.barrier()
+    estimate = largest(median(_timed(run, device, refresh, 3)), device)  # alike, so that ranks repeat alike
+    repeats = min(_REPEATS, max(_FEWEST, int(_SECONDS / max(estimate, 1e-9))))
+    return largest(median(_timed(run, device, refresh, repeats)), device)
+
+
+def _timed(
+    run: Callable[[], object], device: torch.device, refresh: Callable[[], object] | None, repeats: int
+) -> list[float]:
+    marks = []
+    for _ in range(repeats):
+        if refresh is not None:
+            refresh()
+        if device.type == "cuda":
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            run()
+            end.record()
+        else:
+            begin = perf_counter()
+            run()
+            end = perf_counter()
+        marks.append((begin, end))
+    if device.type != "cuda":
+        return [end - begin for begin, end in marks]
+    torch.cuda.synchronize()
+    return [begin.elapsed_time(end) * 1e-3 for begin, end in marks]
+
+
+def captured[T](run: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
+    """A CUDA graph of `run`, which has run before, and what it returned: tensors that each replay fills anew."""
+    graph = torch.cuda.CUDAGraph()
+    # thread_local: NCCL's own threads may call CUDA meanwhile
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        result = run()
+    return graph, result
+
+
+# --- Agreement ------------------------------------------------------------------------------------------------------
+
+
+def largest(value: float, device: torch.device) -> float:
+    """The largest of the ranks' values."""
+    found = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return found.item()
+
+
+def same_bits(x: torch.Tensor) -> bool:
+    """Whether all ranks hold the same bits; the answer is the same on all."""
+    mine = x.contiguous().view(-1).view(torch.uint8)
+    theirs = mine.clone()
+    dist.broadcast(theirs, 0)
+    return largest(float(not torch.equal(mine, theirs)), x.device) == 0
+
+
+# --- Output ---------------------------------------------------------------------------------------------------------
+
+
+def check_writable(option: str, path: str | None) -> None:
+    """Raises UserError, before the work, for what could only fail after it."""
+    if path is None or not is_speaker():
+        return
+    file = Path(path)
+    if not file.name or file.is_dir() or not os.access(file.parent, os.W_OK):
+        raise UserError(option, path, "cannot be written", "a file in a folder that can be written to")
+
+
+def check_plot(path: str | None) -> None:
+    """As check_writable, of --plot."""
+    check_writable("--plot", path)
+    if path and importlib.util.find_spec("matplotlib") is None:
+        raise UserError("--plot", path, "matplotlib is not installed", "pip install matplotlib, or no --plot")
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
