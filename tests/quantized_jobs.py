@@ -8,7 +8,7 @@ import torch
 from collective_jobs import Sent, collectives_recorded
 from jobs import build, groups
 
-from megatron_ssm_tp import LLM, UserError, allreduce_autocast
+from megatron_ssm_tp import LLM, SamplingParams, UserError, allreduce_autocast
 from megatron_ssm_tp.comm.recipe_book import RecipeBook
 from megatron_ssm_tp.comm.recipes import AllReduceRecipe, Int8BlockScaling
 from megatron_ssm_tp.compat.cpu import megatron_on_cpu
@@ -231,3 +231,33 @@ def training_step(
     found = {name: parameter.grad.numpy() for name, parameter in model.named_parameters()}
     whole = {n for n, p in model.named_parameters() if not getattr(p, "tensor_model_parallel", False)}
     return found | {"loss": loss.detach().numpy()}, whole
+
+
+def fused_and_not(path: Path, prompts: list, n: int, recipe: AllReduceRecipe) -> tuple[int, list, list]:
+    """How many reductions the stack left to the next norm, and tokens with it and with every layer for itself."""
+    from megatron_ssm_tp.layers import layer, stack
+
+    calls, fused = [], layer.all_reduce_add_norm
+    params = SamplingParams(temperature=0, num_tokens_to_generate=n, termination_id=-1)
+
+    def counted(*args):
+        calls.append(args)
+        return fused(*args)
+
+    def tokens() -> list[list[int]]:
+        model = LLM.from_pretrained(path, dtype="float32", tp_allreduce=recipe)
+        return [output.token_ids for output in model.generate(prompts, params)]
+
+    layer.all_reduce_add_norm = counted
+    try:
+        with_it = tokens()
+        own, stack.SSMStack._fuses = stack.SSMStack._fuses, lambda *_: False
+        count = len(calls)
+        try:
+            without = tokens()
+        finally:
+            stack.SSMStack._fuses = own
+    finally:
+        layer.all_reduce_add_norm = fused
+    assert len(calls) == count
+    return count, with_it, without

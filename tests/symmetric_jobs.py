@@ -1,5 +1,6 @@
 """What ranks in Triton's interpreter are asked about the symmetric backend's kernels, over a file that they all map."""
 
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +13,7 @@ from comm_jobs import ALWAYS_ONE_SHOT, ALWAYS_TWO_SHOT, contribution, kernels
 from megatron_ssm_tp.comm import collectives
 from megatron_ssm_tp.comm.recipes import AllReduceRecipe
 from megatron_ssm_tp.comm.tuning import Launch
-from megatron_ssm_tp.comm.workspace import FLAGS, Workspace
+from megatron_ssm_tp.comm.workspace import EXACT_VALUES, FLAGS, Workspace
 from megatron_ssm_tp.layers.norm import rms_normalize
 
 
@@ -58,9 +59,11 @@ def _contribution(call: Call, seed: int) -> torch.Tensor:
     return x[..., : call.shape[-1]] if call.stride else x
 
 
-def reduced(directory: Path, calls: list[Call], codes_bytes: int = 1 << 20) -> list[tuple[np.ndarray, bool]]:
+def reduced(
+    directory: Path, calls: list[Call], codes_bytes: int = 1 << 20, exact_values: int = EXACT_VALUES
+) -> list[tuple[np.ndarray, bool]]:
     """Of each call, one after the other: the result's bytes, and whether they are those of the collective backend."""
-    found, space = [], workspace(directory, codes_bytes)
+    found, space = [], replace(workspace(directory, codes_bytes), exact_values=exact_values)
     for seed, call in enumerate(calls):
         x = _contribution(call, seed)
         before = x.clone()
@@ -94,7 +97,7 @@ def add_norm(directory: Path, call: Call, weight_dtype: torch.dtype) -> tuple[np
     module, space = _launch_module(), workspace(directory, 1 << 20)
     stream, normed = module.reduce_add_norm(space, x, residual, weight, 1e-5, call.recipe, call.launch)
     expected = module.reduce(space, x, call.recipe, 0, call.launch) + residual
-    their_norm = weight * rms_normalize(expected, 1e-5).to(weight.dtype)
+    their_norm = weight * rms_normalize(expected.to(weight.dtype), 1e-5)
     problem = "" if torch.equal(stream, expected) else "residual "
     # the mean of squares is summed in another order: a last bit of the result may differ
     near = torch.allclose(normed.float(), their_norm.float(), rtol=2 * torch.finfo(weight_dtype).eps, atol=1e-30)

@@ -49,8 +49,8 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("shared")
 
 
-def check(interpreted, directory: Path, p: int, calls: list[Call], codes_bytes: int = 1 << 20) -> None:
-    results = interpreted(p).run(jobs.reduced, directory / f"{p}-{codes_bytes}", calls, codes_bytes)
+def check(interpreted, directory: Path, p: int, calls: list[Call], codes_bytes: int = 1 << 20, **limits) -> None:
+    results = interpreted(p).run(jobs.reduced, directory / f"{p}-{codes_bytes}", calls, codes_bytes, **limits)
     for i, call in enumerate(calls):
         for rank in range(p):
             bits, as_collective = results[rank][i]
@@ -84,9 +84,9 @@ def test_exact_columns_are_not_quantized(interpreted, directory, ways):
 
 @WAYS
 def test_what_does_not_fit_is_reduced_in_pieces(interpreted, directory, ways):
-    """4 KiB of codes at a time, and words in pieces by a block size that fills their slot."""
+    """4 KiB of codes and 12 exact values at a time."""
     calls = [Call((40, 250), RECIPES[0], ways[0]), Call((40, 250), RECIPES[3], ways[1], exact_columns=2)]
-    check(interpreted, directory, 3, calls, codes_bytes=4096)
+    check(interpreted, directory, 3, calls, codes_bytes=4096, exact_values=12)
 
 
 def test_calls_of_all_kinds_follow_each_other(interpreted, directory):

@@ -128,6 +128,16 @@ def test_a_generation_follows_its_recipe(world, tiny):
     assert found[0] == found[1] and [len(tokens) for tokens in found[0]] == [12, 12]
 
 
+@pytest.mark.parametrize("family", ["falcon_mamba", "bamba", "nemotron_h", "falcon_h1", "zamba2"])
+def test_reductions_are_left_to_the_next_norm_in_inference(world, tiny, family):
+    """Tokens are those of every layer for itself. Where a sum is worked on before it is added, or blocks are shared,
+    layers keep to themselves."""
+    prompts, recipe = [IDS, IDS[:5]], Int8BlockScaling(block_size=16)
+    for fused, with_it, without in world(2).run(quantized_jobs.fused_and_not, tiny(family).path, prompts, 6, recipe):
+        assert with_it == without
+        assert (fused > 0) == (family != "zamba2")
+
+
 def test_a_context_is_seen_where_megatrons_step_takes_a_thread(world, tiny):
     """Otherwise one rank gathers codes while the other reduces, and both wait for ever."""
     path = tiny("falcon_mamba").path

@@ -10,6 +10,7 @@ are. An entry serves sizes up to the geometric mean of its own and the next.
 import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import pairwise
 from math import sqrt
 from pathlib import Path
 
@@ -25,39 +26,38 @@ from megatron_ssm_tp.comm.tuning import TABLE, Launch, Row, table, write
 
 # Bytes sent, beyond or below which a way was never the best.
 WORDS_AT_MOST = 1 << 20
+TOGETHER_AT_LEAST = 1 << 17
 TOGETHER_AT_MOST = 1 << 24
-SPLIT_AT_LEAST = 1 << 18
+SPLIT_AT_LEAST = 1 << 20
 
 
 def candidates(ranks: int, recipe: AllReduceRecipe, values: int) -> Iterator[Launch]:
     """Launches that could be the best for so many values."""
     sent = recipe.bytes_of(values) * (ranks - 1)
     if sent <= WORDS_AT_MOST:
-        for tile in (256, 512, 1024, 2048):
-            for warps in (1, 2, 4, 8):
-                if 4 <= tile // (32 * warps) <= 16 and values // tile <= 2048:
-                    yield Launch("words", tile, warps)
-    if sent <= TOGETHER_AT_MOST:
-        for tile, warps in ((1024, 4), (2048, 4), (2048, 8), (4096, 8), (4096, 16)):
-            yield from _by_programs(Launch("one-shot", tile, warps), values // tile, (2, 4, 6))
+        for tile, warps in ((256, 2), (512, 1), (512, 2), (1024, 4)):
+            yield Launch("words", tile, warps)
+    if TOGETHER_AT_LEAST <= sent <= TOGETHER_AT_MOST:
+        for tile, warps in ((2048, 8), (4096, 8), (4096, 16)):
+            yield from _by_programs(Launch("one-shot", tile, warps), values // tile, (2, 4))
     if sent >= SPLIT_AT_LEAST:
         for way in ("split",) if ranks == 2 else ("split", "two-shot"):
-            for tile, warps in ((2048, 4), (4096, 4), (4096, 8)):
+            for tile, warps in ((2048, 4), (4096, 8)):
                 for chunk in (2, 4, 8):
-                    yield from _by_programs(Launch(way, tile, warps, chunk=chunk), values // (tile * chunk), (1, 2, 3))
+                    yield from _by_programs(Launch(way, tile, warps, chunk=chunk), values // (tile * chunk), (2, 3))
 
 
 def fused_candidates(ranks: int, recipe: AllReduceRecipe, rows: int, columns: int) -> Iterator[Launch]:
     sent = recipe.bytes_of(rows * columns) * (ranks - 1)
-    for warps in (4, 8, 16):
+    for warps in (8, 16):
         if sent <= WORDS_AT_MOST:
             yield Launch("words", columns, warps)
-        if sent <= TOGETHER_AT_MOST:
-            yield from _by_programs(Launch("one-shot", columns, warps), rows, (2, 4))
+        if TOGETHER_AT_LEAST <= sent <= TOGETHER_AT_MOST:
+            yield from _by_programs(Launch("one-shot", columns, warps), rows, (2,))
         if sent >= SPLIT_AT_LEAST:
             for way in ("split",) if ranks == 2 else ("split", "two-shot"):
                 for chunk in (2, 4, 8):
-                    yield from _by_programs(Launch(way, columns, warps, chunk=chunk), rows // chunk, (1, 2, 3))
+                    yield from _by_programs(Launch(way, columns, warps, chunk=chunk), rows // chunk, (2, 3))
 
 
 def _by_programs(launch: Launch, tiles: int, a_processor: tuple[int, ...]) -> Iterator[Launch]:
@@ -119,7 +119,7 @@ def tune(
         launch, taken = best(run, expected, launches, device, say)
         say(f"{recipe.name}{' fused' if fused else ''} {rows} x {hidden}: {taken * 1e6:.1f} us by {launch}\n")
         found.append((x.numel(), launch))
-    limits = [int(sqrt(a * b)) for (a, _), (b, _) in zip(found, found[1:], strict=False)] + [found[-1][0]]
+    limits = [int(sqrt(a * b)) for (a, _), (b, _) in pairwise(found)] + [found[-1][0]]
     return [Row(ranks, recipe.name, fused, limit, launch) for limit, (_, launch) in zip(limits, found, strict=True)]
 
 

@@ -22,6 +22,13 @@ class _ReduceFromModelParallelRegion(torch.autograd.Function):
         return gradient, None, None, None
 
 
+def is_quantized(x: torch.Tensor, group: dist.ProcessGroup, recipe: AllReduceRecipe | None) -> bool:
+    """Whether `recipe` reduces x: there is one, x is large enough, and of a dtype that it supports."""
+    if recipe is None or group.size() == 1 or x.numel() * x.element_size() < recipe.min_bytes:
+        return False
+    return x.numel() > 0 and recipe.supports(x.dtype, group)[0]
+
+
 def reduce_from_tensor_model_parallel_region(
     x: torch.Tensor,
     group: dist.ProcessGroup,
@@ -44,6 +51,6 @@ def reduce_from_tensor_model_parallel_region(
     """
     if group.size() == 1:
         return x
-    if recipe is None or x.numel() * x.element_size() < recipe.min_bytes or not recipe.supports(x.dtype, group)[0]:
+    if not is_quantized(x, group, recipe):
         return megatron.reduce_from_tensor_model_parallel_region(x, group=group)
     return _ReduceFromModelParallelRegion.apply(x, group, recipe, exact_columns)

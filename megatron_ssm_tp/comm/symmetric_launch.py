@@ -8,7 +8,7 @@ import triton
 from .recipes import AllReduceRecipe
 from .symmetric_triton import EXACT_TILE, Shape, one_shot, two_shot
 from .tuning import Launch, launch_for
-from .workspace import EXACT_SLOT_BYTES, EXACT_VALUES, FLAGS, Workspace
+from .workspace import EXACT_SLOT_BYTES, FLAGS, Workspace
 
 Norm = tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]
 
@@ -18,31 +18,9 @@ def reduce(
 ) -> torch.Tensor:
     """symmetric.all_reduce over a workspace."""
     columns = x.shape[-1] if x.dim() else 1
-    rows = x.numel() // columns
-    x, out = _as_rows(x.reshape(rows, columns)), torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    out_rows = out.view(rows, columns)
-    at_a_time = max(1, EXACT_VALUES // exact_columns) if exact_columns else rows
-    for first in range(0, rows, at_a_time):
-        part = slice(first, first + at_a_time)
-        _reduce_rows(workspace, x[part], out_rows[part], recipe, exact_columns, how)
-    return out
-
-
-def _as_rows(x: torch.Tensor) -> torch.Tensor:
-    """[rows, columns], copied if its rows are not contiguous in themselves."""
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
-
-
-def _reduce_rows(
-    workspace: Workspace,
-    x: torch.Tensor,
-    out: torch.Tensor,
-    recipe: AllReduceRecipe,
-    exact_columns: int,
-    how: Launch | None,
-) -> None:
-    rows, columns = x.shape
-    kept = columns - exact_columns
+    rows, kept = x.numel() // columns, columns - exact_columns
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    x = _as_rows(x.reshape(rows, columns))
     geometry = {
         "values": rows * kept,
         "row_length": kept,
@@ -53,6 +31,12 @@ def _reduce_rows(
     }
     how = how or launch_for(workspace.ranks, recipe, rows * kept)
     _launch(workspace, recipe, how, max(1, how.tile // recipe.block_size), geometry, x, out)
+    return out
+
+
+def _as_rows(x: torch.Tensor) -> torch.Tensor:
+    """[rows, columns], copied if its rows are not contiguous in themselves."""
+    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
 def reduce_add_norm(
@@ -94,15 +78,18 @@ def _launch(
 ) -> None:
     """Reduce x into `out`; given norm (residual, weight, normed, eps), residual + sum into `out` and that into normed.
 
-    What does not fit into the workspace takes several calls of the kernel, the exact columns with the first.
+    What does not fit into the workspace takes several calls of the kernel.
     """
-    blocks = -(-geometry["values"] // recipe.block_size)
-    at_a_time = workspace.blocks_at_a_time(recipe, how, tile_blocks)
-    for first in range(0, blocks, at_a_time):
-        part = geometry | {"first_block": first, "all_blocks": min(at_a_time, blocks - first)}
-        if first:
-            part["exact_values"] = 0
-        _launch_once(workspace, recipe, how, tile_blocks, part, x, out, norm)
+    blocks, exact = -(-geometry["values"] // recipe.block_size), geometry["exact_values"]
+    at_a_time, exact_at_a_time = workspace.blocks_at_a_time(recipe, how, tile_blocks), workspace.exact_values
+    for call in range(max(-(-blocks // at_a_time), -(-exact // exact_at_a_time))):
+        part = {
+            "first_block": call * at_a_time,
+            "all_blocks": max(0, min(at_a_time, blocks - call * at_a_time)),
+            "first_exact": call * exact_at_a_time,
+            "exact_values": max(0, min(exact_at_a_time, exact - call * exact_at_a_time)),
+        }
+        _launch_once(workspace, recipe, how, tile_blocks, geometry | part, x, out, norm)
 
 
 def _launch_once(

@@ -5,9 +5,9 @@ writes lies in half e % 2 of the buffers, flags too. A rank that writes call e +
 peer had started e + 1 and so had finished e: nobody still reads what is overwritten.
 
 A release waits until peers have what was written: that takes longer than to write a tile. In long reductions programs
-therefore share the work by roles, some only send and others only receive, and a flag stands for `chunk` tiles. A program
-waits only for programs of its own number on the peers, or of the role before; GPUs start programs in the order of their
-numbers. So no program waits for one that cannot start, however few run at a time.
+therefore share the work by roles, some only send and others only receive, and a flag stands for `chunk` tiles. A
+program waits only for programs of its own number on the peers, or of the role before; GPUs start programs in the order
+of their numbers. So no program waits for one that cannot start, however few run at a time.
 
 What travels between functions in tuples:
 
@@ -15,7 +15,7 @@ What travels between functions in tuples:
     sink     out_ptr, residual_ptr, weight_ptr, normed_ptr, first_block, values, row_length, out_stride, eps
     link     buffers, flags, offset, slot_bytes, flags_at, epoch, patience
 
-x and `out` are rows of row_length values, x_stride and out_stride apart; `values` is the whole tensor's number. The call
+x and `out` are rows of row_length values, x_stride and out_stride apart; `values` is the whole tensor's number. A call
 reduces all_blocks blocks from first_block on. buffers and flags, int64 [ranks], say where each rank's buffer and its
 flags (int32) begin. counters_ptr, int32 [2], holds the epoch of the last call and how many of this one's programs have
 ended; patience is how often a rank looks before it gives a peer up.
@@ -81,6 +81,7 @@ def one_shot(
     x_stride,
     out_stride,
     exact_columns,
+    first_exact,
     exact_values,
     half_bytes,
     slot_bytes,
@@ -129,7 +130,7 @@ def one_shot(
                 total = _sum(codes, scales, tile, tile, all_blocks, source, link, S)
                 _store(total, tile, sink, all_blocks, x_ptr.dtype.element_ty, S)
     elif S.exact:
-        exact = (row_length, x_stride, out_stride, exact_columns, exact_values)
+        exact = (row_length, x_stride, out_stride, exact_columns, first_exact, exact_values)
         link = (buffers, flags, half + exact_at, exact_slot_bytes, 0, epoch, patience)
         _exact(x_ptr, out_ptr, program - tile_programs, exact, link, S, EXACT_TILE)
     _finish(counters_ptr, epoch)
@@ -153,6 +154,7 @@ def two_shot(
     x_stride,
     out_stride,
     exact_columns,
+    first_exact,
     exact_values,
     half_bytes,
     slot_bytes,
@@ -217,7 +219,7 @@ def two_shot(
                             total = _get(tile, row, slot_blocks, all_blocks, sums, S, peer)
                             _store(total, tile, sink, all_blocks, x_ptr.dtype.element_ty, S)
     elif S.exact:
-        exact = (row_length, x_stride, out_stride, exact_columns, exact_values)
+        exact = (row_length, x_stride, out_stride, exact_columns, first_exact, exact_values)
         link = (buffers, flags, half + exact_at, exact_slot_bytes, 0, epoch, patience)
         _exact(x_ptr, out_ptr, program - tile_programs, exact, link, S, EXACT_TILE)
     _finish(counters_ptr, epoch)
@@ -347,13 +349,13 @@ def _store(total, tile, sink, all_blocks, SUM: tl.constexpr, S: tl.constexpr):
         stream = tl.load(residual_ptr + address, mask=mask, other=0.0)
         stream = (total.to(tl.float32) + stream.to(tl.float32)).to(stream.dtype)
         tl.store(out_ptr + address, stream, mask=mask)
-        wide = tl.where(mask, stream.to(tl.float32), 0.0)
+        dtype = weight_ptr.dtype.element_ty
+        wide = tl.where(mask, stream.to(dtype).to(tl.float32), 0.0)
         mean = tl.sum(tl.sum(wide * wide, axis=1), axis=0) / row_length
-        wide = (wide * tl.rsqrt(mean + eps)).to(stream.dtype)
+        wide = (wide * tl.rsqrt(mean + eps)).to(dtype).to(tl.float32)
         columns = tl.arange(0, S.blocks)[:, None] * S.block_size + tl.arange(0, S.block_size)[None, :]
         weight = tl.load(weight_ptr + columns, mask=mask, other=0.0)
-        normed = wide.to(weight.dtype).to(tl.float32) * weight.to(tl.float32)
-        tl.store(normed_ptr + address, normed.to(weight.dtype), mask=mask)
+        tl.store(normed_ptr + address, (wide * weight.to(tl.float32)).to(dtype), mask=mask)
     else:
         tl.store(out_ptr + address, total, mask=mask)
 
@@ -362,11 +364,11 @@ def _store(total, tile, sink, all_blocks, SUM: tl.constexpr, S: tl.constexpr):
 def _exact(x_ptr, out_ptr, tile, exact, link, S: tl.constexpr, TILE: tl.constexpr):
     """Sum the columns behind row_length as float32 words."""
     RANKS: tl.constexpr = S.ranks
-    row_length, x_stride, out_stride, columns, values = exact
+    row_length, x_stride, out_stride, columns, first, values = exact
     buffers, flags, offset, slot_bytes, flags_at, epoch, patience = link
     place = tile * TILE + tl.arange(0, TILE)
     mask = place < values
-    row, column = (place // columns).to(tl.int64), row_length + place % columns
+    row, column = ((first + place) // columns).to(tl.int64), row_length + (first + place) % columns
     own = tl.load(x_ptr + row * x_stride + column, mask=mask, other=0.0).to(tl.float32)
     for peer in tl.static_range(RANKS):
         if peer != S.rank:

@@ -19,8 +19,8 @@ class Launch:
     """How a kernel of symmetric_triton.py is launched.
 
     Args:
-        way: "words" (one-shot; codes carry their own arrival), "one-shot" (a flag a tile), "split" (one-shot, by programs
-            that send and programs that receive) or "two-shot" (by programs that send, that sum and that receive).
+        way: "words" (one-shot; codes carry their own arrival), "one-shot" (a flag a tile), "split" (one-shot, by
+            programs that send and programs that receive) or "two-shot" (by programs that send, sum and receive).
         tile: values a program holds at a time, at least a block; of a fused reduction, a row whatever this says.
         warps: of a program.
         programs: of each role, at most; further tiles are taken in turn. 0: one a tile.
@@ -62,11 +62,16 @@ def write(path: Path, rows: list[Row], conditions: dict) -> None:
 
 
 def launch_for(ranks: int, recipe: AllReduceRecipe, values: int, fused: bool = False) -> Launch:
-    """What reduces `values` numbers over `ranks` ranks fastest, as far as is known."""
-    rows = [row for row in table() if (row.ranks, row.recipe, row.fused) == (ranks, recipe.name, fused)]
-    if not rows:
-        return guess(ranks, recipe, values)
-    return next((row for row in rows if values <= row.values), rows[-1]).launch
+    """What reduces `values` numbers over `ranks` ranks fastest, as far as is known.
+
+    Formats that were not measured are launched as int8, whose kernels are alike; Bf16, of twice the bytes, by `guess`.
+    """
+    names = (recipe.name, "int8") if recipe.name != "bf16" else (recipe.name,)
+    for name in names:
+        rows = [row for row in table() if (row.ranks, row.recipe, row.fused) == (ranks, name, fused)]
+        if rows:
+            return next((row for row in rows if values <= row.values), rows[-1]).launch
+    return guess(ranks, recipe, values)
 
 
 def guess(ranks: int, recipe: AllReduceRecipe, values: int) -> Launch:
@@ -74,6 +79,6 @@ def guess(ranks: int, recipe: AllReduceRecipe, values: int) -> Launch:
     sent = recipe.bytes_of(values) * (ranks - 1)
     if sent <= 1 << 18:
         return Launch("words", tile=512, warps=2)
-    if ranks == 2 or sent <= 1 << 20:
-        return Launch("split", tile=4096, warps=8, programs=264, chunk=4)
-    return Launch("two-shot", tile=4096, warps=8, programs=132, chunk=4)
+    if sent <= 1 << 20:
+        return Launch("one-shot", tile=2048, warps=8, programs=264)
+    return Launch("split" if ranks == 2 else "two-shot", tile=4096, warps=8, programs=264, chunk=4)

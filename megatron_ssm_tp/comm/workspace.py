@@ -10,7 +10,7 @@ from .tuning import Launch
 CODES_BYTES = 72 << 20  # of codes that a rank can receive in one call; larger tensors are reduced in pieces
 WORDS_SLOT_BYTES = 4 << 20
 EXACT_SLOT_BYTES = 2 << 20
-EXACT_VALUES = EXACT_SLOT_BYTES // 8  # exact values that one call can reduce
+EXACT_VALUES = EXACT_SLOT_BYTES // 8
 FLAGS = 1 << 17  # flags a half
 
 
@@ -29,6 +29,7 @@ class Workspace:
         counters: int32 [2], zeros before the first call.
         patience: polls before a peer is given up.
         memory: whatever keeps the buffers alive.
+        codes_bytes, exact_values: what one call of a kernel can receive.
     """
 
     rank: int
@@ -39,6 +40,7 @@ class Workspace:
     patience: int
     memory: object
     codes_bytes: int = CODES_BYTES
+    exact_values: int = EXACT_VALUES
 
     @staticmethod
     def bytes_of_half(ranks: int, codes_bytes: int = CODES_BYTES) -> int:

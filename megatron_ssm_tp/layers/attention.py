@@ -24,6 +24,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import deprecate_inference_params
+from torch import nn
 
 from ..config import AttentionConfig
 from ..errors import UserError
@@ -77,6 +78,10 @@ class Attention(PartitionedModule):
         if config.perform_initialization:
             fills = {"qkv.weight": config.init_method}
             draw_all(fills, dict(self.named_parameters()), self.table, config, self.tp_group)
+
+    @property
+    def last_linear(self) -> nn.Module:
+        return self.out_proj
 
     def forward(
         self,

@@ -1,8 +1,14 @@
 """Megatron's MambaLayer, x + mixer(norm(x)), for mixers of every kind."""
 
+import torch
+from megatron.core.inference.contexts import BaseInferenceContext
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
+
+from ..comm.fused import all_reduce_add_norm
+from .norm import LocalRMSNorm
+from .row_parallel import recipe_now, unreduced
 
 
 class MixerLayer(MambaLayer):
@@ -23,3 +29,31 @@ class MixerLayer(MambaLayer):
         add_layer_offset: bool = False,
     ) -> None:
         super().__init__(config, submodules, layer_number, pg_collection, pp_layer_offset, name)
+
+    def with_next_norm(
+        self,
+        hidden_states: torch.Tensor,
+        normed: torch.Tensor,
+        following: LocalRMSNorm,
+        context: BaseInferenceContext,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The layer in inference, and the norm that reads it: in one kernel with the reduction where a recipe does it.
+
+        Args:
+            hidden_states: the residual stream [l, b, h].
+            normed: this layer's norm of it, in params_dtype.
+            following: the next layer's norm, which takes the stream in params_dtype.
+
+        Returns:
+            The residual stream behind this layer, and `following` of it.
+        """
+        residual = hidden_states.float() if self.config.fp32_residual_connection else hidden_states
+        linear = self.mixer.last_linear
+        recipe = recipe_now(linear) if linear is not None and linear.bias is None else None
+        if recipe is not None:
+            with unreduced(linear):
+                partial, _ = self.mixer(normed, inference_context=context)
+            return all_reduce_add_norm(partial, residual, following.weight, following.eps, linear.tp_group, recipe)
+        add = self.mamba_bda(training=False, fused=self.config.bias_dropout_fusion)
+        hidden_states = add(self.mixer(normed, inference_context=context), residual, self.hidden_dropout)
+        return hidden_states, following(hidden_states.to(self.config.params_dtype))

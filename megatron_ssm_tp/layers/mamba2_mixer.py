@@ -21,6 +21,7 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
 
 from ..config import Mamba2Config
 from ..ops import ssd_reference as ops
@@ -130,6 +131,10 @@ class Mamba2Mixer(SSMMixer):
         if not self._norm_rides:
             return partial_product(self.out_proj, self._gated(y, around[0])), None
         return self.norm.packed_product(y, around[0], self.out_proj), self.norm.unpack
+
+    @property
+    def last_linear(self) -> nn.Module | None:
+        return None if self._norm_rides else self.out_proj
 
     @property
     def _norm_rides(self) -> bool:

@@ -17,6 +17,7 @@ from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import deprecate_inference_params
+from torch import nn
 
 from ..errors import UserError
 from ..ops import reference as ops
@@ -105,6 +106,11 @@ class SSMMixer(PartitionedModule):
     def partial(self, y: torch.Tensor, around: Tensors) -> tuple[torch.Tensor, Callable | None]:
         """out_proj before its reduction, and what makes the product of the reduced; None: it is the product."""
         raise TypeError(f"{type(self).__name__} does not define partial")
+
+    @property
+    def last_linear(self) -> nn.Module | None:
+        """The linear whose reduced product is the output; None: the sum is worked on, see `partial`."""
+        return self.out_proj
 
     # Forward
 

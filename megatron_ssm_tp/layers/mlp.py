@@ -10,6 +10,7 @@ from megatron.core.inference.contexts import BaseInferenceContext
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
 
 from ..config import MLPConfig
 from ..partition.parameters import mlp_parameters
@@ -54,6 +55,10 @@ class MLP(PartitionedModule):
         if config.perform_initialization:
             fills = {"up.weight": config.init_method}
             draw_all(fills, dict(self.named_parameters()), self.table, config, self.tp_group)
+
+    @property
+    def last_linear(self) -> nn.Module:
+        return self.down
 
     def forward(
         self,

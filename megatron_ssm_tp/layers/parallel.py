@@ -8,6 +8,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import nn
 
 from .attention import Attention
 from .mixer import SSMMixer
@@ -65,6 +66,11 @@ class ParallelMixer(MegatronModule):
 
     def mamba_state_shapes_per_request(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return self.ssm.mamba_state_shapes_per_request()
+
+    @property
+    def last_linear(self) -> nn.Module | None:
+        biased = self.attention.out_proj.bias is not None
+        return None if biased else self.ssm.last_linear
 
     def forward(
         self,

@@ -7,6 +7,8 @@ is Megatron's own all-reduce, to the bit. Reduce-scatters of sequence parallelis
 
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from megatron.core.tensor_parallel import RowParallelLinear
@@ -28,6 +30,7 @@ class RecipeRowParallelLinear(RowParallelLinear):
 
     recipes: RecipeBook | None = None
     reduced_elsewhere = False  # its product is part of another site's reduction
+    left_partial = False  # see unreduced()
 
     def __init__(self, *args, name: str | None = None, **kwargs) -> None:
         super().__init__(*args, name=name, **kwargs)
@@ -35,19 +38,21 @@ class RecipeRowParallelLinear(RowParallelLinear):
 
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """input_ [.., d/p] -> [.., h], and the bias where skip_bias_add is set."""
-        recipe = _recipe(self)
+        recipe = recipe_now(self)
         if recipe is None:
             return super().forward(input_)
         if not self.input_is_parallel:
             input_ = scatter_to_tensor_model_parallel_region(input_, group=self.tp_group)
         partial = partial_product(self, input_)
+        if self.left_partial:
+            return partial, self.bias
         out = mappings.reduce_from_tensor_model_parallel_region(partial, self.tp_group, recipe)
         if self.skip_bias_add or self.bias is None:
             return out, self.bias if self.skip_bias_add else None
         return out + self.bias, None
 
 
-def _recipe(linear: nn.Module) -> AllReduceRecipe | None:
+def recipe_now(linear: nn.Module) -> AllReduceRecipe | None:
     """The recipe that `linear`'s reduction follows now; None for linears of other makes (Transformer Engine's: see
     te_row_parallel.py), and for those of experts, whose sums are not reduced by them."""
     if not isinstance(linear, RecipeRowParallelLinear) or linear.sequence_parallel or linear.tp_group.size() == 1:
@@ -78,10 +83,22 @@ def reduce_partial(linear: RowParallelLinear, partial: torch.Tensor, exact_colum
     """
     if linear.sequence_parallel:
         return reduce_scatter_to_sequence_parallel_region(partial, group=linear.tp_group)
-    recipe = _recipe(linear)
+    recipe = recipe_now(linear)
+    if recipe is not None and linear.left_partial:
+        return partial
     if recipe is None:
         return reduce_from_tensor_model_parallel_region(partial, group=linear.tp_group)
     return mappings.reduce_from_tensor_model_parallel_region(partial, linear.tp_group, recipe, exact_columns)
+
+
+@contextmanager
+def unreduced(linear: RecipeRowParallelLinear) -> Iterator[None]:
+    """Within, the products of `linear` that a recipe would reduce are left to the caller to sum, bias unadded."""
+    linear.left_partial = True
+    try:
+        yield
+    finally:
+        linear.left_partial = False
 
 
 def set_recipes(model: nn.Module, recipes: AllReduceRecipe | RecipeBook | None, *, strict: bool = True) -> list[str]:

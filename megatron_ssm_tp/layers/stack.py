@@ -1,7 +1,10 @@
 """Megatron's HybridStack without Transformer Engine, with a cache for every mixer of ours."""
 
+from itertools import pairwise
+
 import torch
 from megatron.core.inference.contexts import BaseInferenceContext
+from megatron.core.inference.utils import InferenceMode
 from megatron.core.models.hybrid.hybrid_block import HybridStack
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -9,8 +12,10 @@ from megatron.core.utils import WrappedTensor, deprecate_inference_params, make_
 
 from ..errors import UserError
 from .attention import Attention
+from .layer import MixerLayer
 from .mixer import SSMMixer
 from .norm import LocalRMSNorm
+from .row_parallel import recipe_now
 from .shared_block import SharedBlockLayer, SharedBlocks
 
 
@@ -59,7 +64,36 @@ class SSMStack(HybridStack):
             raise UserError("position_embedding_type", "rope", "is not read by this attention", "none")
         if self.pre_process and self.embedding_multiplier != 1:
             hidden_states = _unwrapped(hidden_states) * self.embedding_multiplier
+        context = kwargs.get("inference_context")
+        if self._fuses(context):
+            return self._fused(_unwrapped(hidden_states), context)
         return super().forward(hidden_states, *args, **kwargs)
+
+    def _fuses(self, context: BaseInferenceContext | None) -> bool:
+        """Whether reductions can be left to the next norm: dynamic inference of a whole stack whose sites have recipes.
+
+        Graphs of single layers and low-precision products are HybridStack's business.
+        """
+        if context is None or torch.is_grad_enabled() or not InferenceMode.is_active():
+            return False
+        config = self.config
+        plain = config.cuda_graph_impl == "none" and not (config.fp8 or config.fp4 or config.sequence_parallel)
+        whole = self.pre_process and self.post_process and self.post_layer_norm
+        if not (plain and whole and context.is_dynamic_batching()):
+            return False
+        linears = [layer.mixer.last_linear for layer in self.layers if type(layer) is MixerLayer]
+        return len(linears) == len(self.layers) and any(linear is not None and recipe_now(linear) for linear in linears)
+
+    def _fused(self, hidden_states: torch.Tensor, context: BaseInferenceContext) -> torch.Tensor:
+        """The layers, each with the norm that follows it: [l, b, h] -> [l, b, h] after the final norm."""
+        layers, dtype = list(self.layers), self.config.params_dtype
+        normed = layers[0].norm(hidden_states.to(dtype))
+        for layer, following in pairwise(layers):
+            hidden_states, normed = layer.with_next_norm(hidden_states, normed, following.norm, context)
+        if hidden_states.dtype == dtype:
+            return layers[-1].with_next_norm(hidden_states, normed, self.final_norm, context)[1]
+        # The final norm takes a float32 stream as it is.
+        return self.final_norm(layers[-1](hidden_states, inference_context=context))
 
 
 def _unwrapped(hidden_states: torch.Tensor | WrappedTensor) -> torch.Tensor:

@@ -1,0 +1,44 @@
+"""all_reduce_add_norm: a reduction, the residual stream's addition and the norm that reads it, in one kernel."""
+
+import torch
+import torch.distributed as dist
+
+from ..layers.norm import rms_normalize
+from . import symmetric
+from .mappings import is_quantized, reduce_from_tensor_model_parallel_region
+from .recipes import AllReduceRecipe
+
+
+def all_reduce_add_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    group: dist.ProcessGroup,
+    recipe: AllReduceRecipe | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """residual + the sum of x over the ranks, and the RMS norm of that; for inference, there is no backward.
+
+    One kernel where the symmetric backend reduces x and x's rows are whole blocks of the recipe; otherwise
+    reduce_from_tensor_model_parallel_region, which without a recipe overwrites x, an addition and a norm. Both round to
+    the same dtypes at the same places; they sum a row's squares in another order.
+
+    Args:
+        x: [.., h], this rank's partial sums, the same shape and dtype on every rank.
+        residual: [.., h], the residual stream, of x's dtype or float32. Not changed.
+        weight: [h] of the norm (layers.norm.LocalRMSNorm).
+        eps: of the norm.
+        group: the ranks to sum over.
+        recipe: see recipes.py; the same on every rank.
+
+    Returns:
+        The new residual stream [.., h] in residual's dtype, and its norm [.., h] in weight's dtype.
+
+    Raises:
+        UserError: the recipe names a backend that cannot reduce this.
+    """
+    asked = is_quantized(x, group, recipe) and recipe.backend in ("auto", "symmetric")
+    if asked and symmetric.fits(x, recipe) and symmetric.supports(x, group, recipe)[0]:
+        return symmetric.all_reduce_add_norm(x, residual, weight, eps, group, recipe)
+    stream = residual + reduce_from_tensor_model_parallel_region(x, group, recipe)
+    return stream, weight * rms_normalize(stream.to(weight.dtype), eps)
