@@ -29,7 +29,7 @@ class Call(NamedTuple):
 
 
 @lru_cache
-def workspace(directory: Path, codes_bytes: int, patience: int = 1 << 20) -> Workspace:
+def workspace(directory: Path, codes_bytes: int, patience: int = 1 << 14) -> Workspace:
     """A workspace of all ranks, whose buffers are files of `directory`."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     size = 2 * Workspace.bytes_of_half(ranks, codes_bytes)
@@ -41,9 +41,9 @@ def workspace(directory: Path, codes_bytes: int, patience: int = 1 << 20) -> Wor
     dist.barrier()
     files = [str(directory / str(peer)) for peer in range(ranks)]
     memory = [torch.UntypedStorage.from_file(file, shared=True, nbytes=size + 2 * FLAGS * 4) for file in files]
-    buffers = torch.tensor([storage.data_ptr() for storage in memory])
+    buffers = tuple(storage.data_ptr() for storage in memory)
     counters = torch.zeros(2, dtype=torch.int32)
-    return Workspace(rank, ranks, buffers, buffers + size, counters, patience, memory, codes_bytes)
+    return Workspace(rank, ranks, buffers, tuple(b + size for b in buffers), counters, patience, memory, codes_bytes)
 
 
 def _launch_module():

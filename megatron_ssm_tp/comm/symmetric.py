@@ -138,9 +138,11 @@ def _rendezvous(group: dist.ProcessGroup, timeout_s: float) -> Workspace:
     memory = symmetric_memory.empty(size + 2 * FLAGS * 4, dtype=torch.uint8, device=device)
     memory[size:] = 0
     handle = symmetric_memory.rendezvous(memory, group)
-    buffers = torch.tensor(list(handle.buffer_ptrs), dtype=torch.int64, device=device)
+    buffers = tuple(handle.buffer_ptrs)
     counters = torch.zeros(2, dtype=torch.int32, device=device)
     torch.cuda.synchronize()
     dist.barrier(group)  # all flags are zero before anyone sets one
     patience = min(int(timeout_s * POLLS_A_SECOND), 2**31 - 1)
-    return Workspace(group.rank(), ranks, buffers, buffers + size, counters, patience, (memory, handle))
+    return Workspace(
+        group.rank(), ranks, buffers, tuple(b + size for b in buffers), counters, patience, (memory, handle)
+    )

@@ -16,9 +16,9 @@ What travels between functions in tuples:
     link     buffers, flags, offset, slot_bytes, flags_at, epoch, patience
 
 x and `out` are rows of row_length values, x_stride and out_stride apart; `values` is the whole tensor's number. A call
-reduces all_blocks blocks from first_block on. buffers and flags, int64 [ranks], say where each rank's buffer and its
-flags (int32) begin. counters_ptr, int32 [2], holds the epoch of the last call and how many of this one's programs have
-ended; patience is how often a rank looks before it gives a peer up.
+reduces all_blocks blocks from first_block on. buffers and flags are the addresses of each rank's buffer and of its
+flags (int32). counters_ptr, int32 [2], holds the epoch of the last call and how many of this one's programs have ended;
+patience is how often a rank looks before it gives a peer up.
 """
 
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ import triton.language as tl
 
 from .quantize_triton import addresses
 from .tiles import decode_tile, encode_tile
-from .transports import as_words, get, put, raise_flag, read_words, slot_at, wait_for_flag
+from .transports import as_words, get, put, raise_flag, read_words, wait_for_flag
 
 EXACT_TILE = 1024  # values a program that sends exact columns
 
@@ -70,9 +70,9 @@ def one_shot(
     residual_ptr,
     weight_ptr,
     normed_ptr,
+    counters_ptr,
     buffers,
     flags,
-    counters_ptr,
     first_block,
     all_blocks,
     tile_programs,
@@ -99,6 +99,7 @@ def one_shot(
 
     The programs from tile_programs on sum the exact_columns behind each row's row_length values.
     """
+    SUM: tl.constexpr = x_ptr.dtype.element_ty
     program = tl.program_id(0)
     epoch = tl.load(counters_ptr, volatile=True) + 1
     half = (epoch & 1).to(tl.int64) * half_bytes
@@ -112,23 +113,33 @@ def one_shot(
             for part in range(program // 2, tl.cdiv(tiles, chunk), programs):
                 end = min((part + 1) * chunk, tiles)
                 if program % 2 == 0:
-                    for tile in range(part * chunk, end):
-                        _send(tile, source, link, S)
-                    _raise_flags(link, part * S.ranks, S)
-                else:
-                    _await_flags(link, part * S.ranks, S)
-                    for tile in range(part * chunk, end):
+                    for tile in tl.range(part * chunk, end, num_stages=3):
                         codes, scales = _encode(tile, source, S)
-                        total = _sum(codes, scales, tile, tile, all_blocks, source, link, S)
-                        _store(total, tile, sink, all_blocks, x_ptr.dtype.element_ty, S)
+                        _put_to_all(codes, scales, tile, tile, all_blocks, all_blocks, link, S, True)
+                    _raise_flags(link, part * S.ranks, S, True)
+                else:
+                    _await_flags(link, part * S.ranks, S, True)
+                    for tile in tl.range(part * chunk, end, num_stages=2):
+                        if S.add_norm:
+                            residual, weight = _residual_and_weight(tile, sink, all_blocks, S)
+                            total = _sum_of_slots(tile, tile, all_blocks, all_blocks, link, S)
+                            _store_normed(total, residual, weight, tile, sink, all_blocks, SUM, S)
+                        else:
+                            total = _sum_of_slots(tile, tile, all_blocks, all_blocks, link, S)
+                            _store(total, tile, sink, all_blocks, SUM, S)
         else:
             for tile in range(program, tiles, tile_programs):
-                codes, scales = _send(tile, source, link, S)
+                codes, scales = _encode(tile, source, S)
+                _put_to_all(codes, scales, tile, tile, all_blocks, all_blocks, link, S, False)
                 if S.flagged:
-                    _raise_flags(link, tile * S.ranks, S)
-                    _await_flags(link, tile * S.ranks, S)
-                total = _sum(codes, scales, tile, tile, all_blocks, source, link, S)
-                _store(total, tile, sink, all_blocks, x_ptr.dtype.element_ty, S)
+                    _raise_flags(link, tile * S.ranks, S, False)
+                if S.add_norm:
+                    residual, weight = _residual_and_weight(tile, sink, all_blocks, S)
+                    total = _sum(codes, scales, tile, all_blocks, link, S)
+                    _store_normed(total, residual, weight, tile, sink, all_blocks, SUM, S)
+                else:
+                    total = _sum(codes, scales, tile, all_blocks, link, S)
+                    _store(total, tile, sink, all_blocks, SUM, S)
     elif S.exact:
         exact = (row_length, x_stride, out_stride, exact_columns, first_exact, exact_values)
         link = (buffers, flags, half + exact_at, exact_slot_bytes, 0, epoch, patience)
@@ -143,9 +154,9 @@ def two_shot(
     residual_ptr,
     weight_ptr,
     normed_ptr,
+    counters_ptr,
     buffers,
     flags,
-    counters_ptr,
     first_block,
     all_blocks,
     tile_programs,
@@ -174,6 +185,7 @@ def two_shot(
     """
     FORMAT: tl.constexpr = S.format
     RANKS: tl.constexpr = S.ranks
+    SUM: tl.constexpr = x_ptr.dtype.element_ty
     program = tl.program_id(0)
     epoch = tl.load(counters_ptr, volatile=True) + 1
     half = (epoch & 1).to(tl.int64) * half_bytes
@@ -192,32 +204,27 @@ def two_shot(
             if program % 3 == 0:
                 for row in range(part * chunk, end):
                     for peer in tl.static_range(RANKS):
-                        if peer != S.rank:
-                            tile = row * S.ranks + peer
-                            codes, scales = _encode(tile, source, S)
-                            _put(codes, scales, tile, row, slot_blocks, all_blocks, parts, S, peer)
-                _raise_flags(parts, flag, S)
+                        tile = row * S.ranks + peer
+                        codes, scales = _encode(tile, source, S)
+                        _put(codes, scales, tile, row, slot_blocks, all_blocks, parts, S, peer)
+                _raise_flags(parts, flag, S, True)
             elif program % 3 == 1:
-                _await_flags(parts, flag, S)
+                _await_flags(parts, flag, S, True)
                 for row in range(part * chunk, end):
                     tile = row * S.ranks + S.rank
-                    codes, scales = _encode(tile, source, S)
-                    total = _sum(codes, scales, tile, row, slot_blocks, source, parts, S)
+                    total = _sum_of_slots(tile, row, slot_blocks, all_blocks, parts, S)
                     codes, scales = encode_tile(total, FORMAT)
-                    for peer in tl.static_range(RANKS):
-                        if peer != S.rank:
-                            _put(codes, scales, tile, row, slot_blocks, all_blocks, sums, S, peer)
-                    total = decode_tile(codes, scales, FORMAT)
-                    _store(total, tile, sink, all_blocks, x_ptr.dtype.element_ty, S)
-                _raise_flags(sums, flag, S)
+                    _put_to_all(codes, scales, tile, row, slot_blocks, all_blocks, sums, S, False)
+                    _finish_tile(decode_tile(codes, scales, FORMAT), tile, sink, all_blocks, SUM, S)
+                _raise_flags(sums, flag, S, False)
             else:
-                _await_flags(sums, flag, S)
+                _await_flags(sums, flag, S, False)
                 for row in range(part * chunk, end):
                     for peer in tl.static_range(RANKS):
                         if peer != S.rank:
                             tile = row * S.ranks + peer
                             total = _get(tile, row, slot_blocks, all_blocks, sums, S, peer)
-                            _store(total, tile, sink, all_blocks, x_ptr.dtype.element_ty, S)
+                            _finish_tile(total, tile, sink, all_blocks, SUM, S)
     elif S.exact:
         exact = (row_length, x_stride, out_stride, exact_columns, first_exact, exact_values)
         link = (buffers, flags, half + exact_at, exact_slot_bytes, 0, epoch, patience)
@@ -248,13 +255,22 @@ def _encode(tile, source, S: tl.constexpr):
 
 @triton.jit
 def _put(codes, scales, tile, at, slot_blocks, all_blocks, link, S: tl.constexpr, PEER: tl.constexpr):
-    """Write a tile into the peer's slot, as the slot's tile `at`."""
+    """Write a tile into this rank's slot in the peer's buffer, as the slot's tile `at`."""
     FORMAT: tl.constexpr = S.format
     buffers, flags, offset, slot_bytes, flags_at, epoch, patience = link
     mask = _blocks_of(tile, all_blocks, S)[1]
     within = at * S.tile_blocks + tl.arange(0, S.blocks)
-    slot = slot_at(buffers, PEER, offset, slot_bytes, S.rank, PEER)
-    put(codes, scales, within, mask, slot, slot_blocks, epoch, FORMAT, True)
+    slot = buffers[PEER] + offset + slot_bytes * S.rank
+    put(codes, scales, within, mask, slot, slot_blocks, epoch, FORMAT, S.flagged)
+
+
+@triton.jit
+def _put_to_all(codes, scales, tile, at, slot_blocks, all_blocks, link, S: tl.constexpr, OWN: tl.constexpr):
+    """_put to every peer, and to this rank itself where what is its OWN is read from there too."""
+    RANKS: tl.constexpr = S.ranks
+    for peer in tl.static_range(RANKS):
+        if OWN or peer != S.rank:
+            _put(codes, scales, tile, at, slot_blocks, all_blocks, link, S, peer)
 
 
 @triton.jit
@@ -264,67 +280,44 @@ def _get(tile, at, slot_blocks, all_blocks, link, S: tl.constexpr, SOURCE: tl.co
     buffers, flags, offset, slot_bytes, flags_at, epoch, patience = link
     mask = _blocks_of(tile, all_blocks, S)[1]
     within = at * S.tile_blocks + tl.arange(0, S.blocks)
-    slot = slot_at(buffers, S.rank, offset, slot_bytes, SOURCE, S.rank)
+    slot = buffers[S.rank] + offset + slot_bytes * SOURCE
     return get(within, mask, slot, slot_blocks, epoch, patience, FORMAT, S.block_size, S.flagged)
 
 
 @triton.jit
-def _send(tile, source, link, S: tl.constexpr):
-    """Write a tile of x into every peer's slot; returns its codes and scales."""
-    FORMAT: tl.constexpr = S.format
-    RANKS: tl.constexpr = S.ranks
-    x_ptr, first_block, all_blocks, values, row_length, x_stride = source
-    buffers, flags, offset, slot_bytes, flags_at, epoch, patience = link
-    blocks, mask = _blocks_of(tile, all_blocks, S)
-    codes, scales = _encode(tile, source, S)
-    for peer in tl.static_range(RANKS):
-        if peer != S.rank:
-            slot = slot_at(buffers, peer, offset, slot_bytes, S.rank, peer)
-            put(codes, scales, blocks, mask, slot, all_blocks, epoch, FORMAT, S.flagged)
-    return codes, scales
-
-
-@triton.jit
-def _raise_flags(link, at, S: tl.constexpr):
+def _raise_flags(link, at, S: tl.constexpr, OWN: tl.constexpr):
     """Tell all peers that what the program's threads wrote is there."""
     RANKS: tl.constexpr = S.ranks
     buffers, flags, offset, slot_bytes, flags_at, epoch, patience = link
     tl.debug_barrier()
     for peer in tl.static_range(RANKS):
-        if peer != S.rank:
-            raise_flag(flags, peer, flags_at + at + S.rank, epoch)
+        if OWN or peer != S.rank:
+            raise_flag(flags[peer], flags_at + at + S.rank, epoch)
 
 
 @triton.jit
-def _await_flags(link, at, S: tl.constexpr):
+def _await_flags(link, at, S: tl.constexpr, OWN: tl.constexpr):
     """Wait until all peers have said so."""
     RANKS: tl.constexpr = S.ranks
     buffers, flags, offset, slot_bytes, flags_at, epoch, patience = link
     for peer in tl.static_range(RANKS):
-        if peer != S.rank:
-            wait_for_flag(flags, S.rank, flags_at + at + peer, epoch, patience)
+        if OWN or peer != S.rank:
+            wait_for_flag(flags[S.rank], flags_at + at + peer, epoch, patience)
     tl.debug_barrier()
 
 
 @triton.jit
-def _sum(
-    codes,
-    scales,
-    tile,
-    at,
-    slot_blocks,
-    source,
-    link,
-    S: tl.constexpr,
-):
-    """float32 [S.blocks, BLOCK_SIZE]: this rank's tile, given in codes, and its peers', in rank order."""
+def _sum(codes, scales, tile, all_blocks, link, S: tl.constexpr):
+    """float32 [BLOCKS, BLOCK_SIZE]: this rank's tile, given in codes, and its peers', once there, in rank order."""
     FORMAT: tl.constexpr = S.format
     RANKS: tl.constexpr = S.ranks
+    if S.flagged:
+        _await_flags(link, tile * S.ranks, S, False)
     for rank in tl.static_range(RANKS):
         if rank == S.rank:
             part = decode_tile(codes, scales, FORMAT)
         else:
-            part = _get(tile, at, slot_blocks, source[2], link, S, rank)
+            part = _get(tile, tile, all_blocks, all_blocks, link, S, rank)
         if rank == 0:
             total = part
         else:
@@ -333,31 +326,65 @@ def _sum(
 
 
 @triton.jit
-def _store(total, tile, sink, all_blocks, SUM: tl.constexpr, S: tl.constexpr):
-    """A tile of the sum, float32, to its place in `out`; or, a tile being a row, residual + sum there and its norm.
+def _sum_of_slots(tile, at, slot_blocks, all_blocks, link, S: tl.constexpr):
+    """As _sum, of what all ranks wrote here."""
+    RANKS: tl.constexpr = S.ranks
+    total = _get(tile, at, slot_blocks, all_blocks, link, S, 0)
+    for rank in tl.static_range(1, RANKS):
+        total += _get(tile, at, slot_blocks, all_blocks, link, S, rank)
+    return total
 
-    add_norm rounds where a reduction to dtype SUM, an addition and layers.norm.LocalRMSNorm after each other do.
-    """
+
+@triton.jit
+def _places(tile, sink, all_blocks, S: tl.constexpr):
+    """Where a tile's values lie in `out`, and which of them there are."""
     out_ptr, residual_ptr, weight_ptr, normed_ptr, first_block, values, row_length, row_stride, eps = sink
     blocks, mask = _blocks_of(tile, all_blocks, S)
     places, address = addresses(first_block + blocks, row_length, row_stride, S.contiguous, S.block_size)
     mask = mask[:, None]
     if S.ragged:
         mask = mask & (places < values)
-    total = total.to(SUM)
+    return address, mask
+
+
+@triton.jit
+def _store(total, tile, sink, all_blocks, SUM: tl.constexpr, S: tl.constexpr):
+    """A tile of the sum, float32, to its place in `out`."""
+    address, mask = _places(tile, sink, all_blocks, S)
+    tl.store(sink[0] + address, total.to(SUM), mask=mask)
+
+
+@triton.jit
+def _residual_and_weight(tile, sink, all_blocks, S: tl.constexpr):
+    """Of a tile that is a row. Loaded before the row's sum is waited for."""
+    address, mask = _places(tile, sink, all_blocks, S)
+    columns = tl.arange(0, S.blocks)[:, None] * S.block_size + tl.arange(0, S.block_size)[None, :]
+    return tl.load(sink[1] + address, mask=mask, other=0.0), tl.load(sink[2] + columns, mask=mask, other=0.0)
+
+
+@triton.jit
+def _store_normed(total, residual, weight, tile, sink, all_blocks, SUM: tl.constexpr, S: tl.constexpr):
+    """A row of the sum, float32: residual + sum to its place in `out`, and the norm of that.
+
+    Rounds where a reduction to dtype SUM, an addition and layers.norm.LocalRMSNorm after each other do.
+    """
+    out_ptr, residual_ptr, weight_ptr, normed_ptr, first_block, values, row_length, row_stride, eps = sink
+    address, mask = _places(tile, sink, all_blocks, S)
+    stream = (total.to(SUM).to(tl.float32) + residual.to(tl.float32)).to(residual.dtype)
+    tl.store(out_ptr + address, stream, mask=mask)
+    wide = tl.where(mask, stream.to(weight.dtype).to(tl.float32), 0.0)
+    mean = tl.sum(tl.sum(wide * wide, axis=1), axis=0) / row_length
+    wide = (wide * tl.rsqrt(mean + eps)).to(weight.dtype).to(tl.float32)
+    tl.store(normed_ptr + address, (wide * weight.to(tl.float32)).to(weight.dtype), mask=mask)
+
+
+@triton.jit
+def _finish_tile(total, tile, sink, all_blocks, SUM: tl.constexpr, S: tl.constexpr):
     if S.add_norm:
-        stream = tl.load(residual_ptr + address, mask=mask, other=0.0)
-        stream = (total.to(tl.float32) + stream.to(tl.float32)).to(stream.dtype)
-        tl.store(out_ptr + address, stream, mask=mask)
-        dtype = weight_ptr.dtype.element_ty
-        wide = tl.where(mask, stream.to(dtype).to(tl.float32), 0.0)
-        mean = tl.sum(tl.sum(wide * wide, axis=1), axis=0) / row_length
-        wide = (wide * tl.rsqrt(mean + eps)).to(dtype).to(tl.float32)
-        columns = tl.arange(0, S.blocks)[:, None] * S.block_size + tl.arange(0, S.block_size)[None, :]
-        weight = tl.load(weight_ptr + columns, mask=mask, other=0.0)
-        tl.store(normed_ptr + address, (wide * weight.to(tl.float32)).to(dtype), mask=mask)
+        residual, weight = _residual_and_weight(tile, sink, all_blocks, S)
+        _store_normed(total, residual, weight, tile, sink, all_blocks, SUM, S)
     else:
-        tl.store(out_ptr + address, total, mask=mask)
+        _store(total, tile, sink, all_blocks, SUM, S)
 
 
 @triton.jit
@@ -372,13 +399,13 @@ def _exact(x_ptr, out_ptr, tile, exact, link, S: tl.constexpr, TILE: tl.constexp
     own = tl.load(x_ptr + row * x_stride + column, mask=mask, other=0.0).to(tl.float32)
     for peer in tl.static_range(RANKS):
         if peer != S.rank:
-            slot = slot_at(buffers, peer, offset, slot_bytes, S.rank, peer).to(tl.pointer_type(tl.int64))
+            slot = (buffers[peer] + offset + slot_bytes * S.rank).to(tl.pointer_type(tl.int64))
             tl.store(slot + place, as_words(own.to(tl.int32, bitcast=True), epoch), mask=mask)
     for rank in tl.static_range(RANKS):
         if rank == S.rank:
             part = own
         else:
-            slot = slot_at(buffers, S.rank, offset, slot_bytes, rank, S.rank).to(tl.pointer_type(tl.int64))
+            slot = (buffers[S.rank] + offset + slot_bytes * rank).to(tl.pointer_type(tl.int64))
             part = read_words(slot + place, mask, epoch, patience).to(tl.float32, bitcast=True)
         if rank == 0:
             total = part

@@ -16,14 +16,13 @@ from .tiles import decode_tile
 @triton.jit
 def _give_up():
     """End the process's kernels: a peer has not answered. The host sees an error at its next call."""
-    tl.device_assert(False, "a peer did not answer")  # in the interpreter; compiled only for debugging
     tl.inline_asm_elementwise("trap; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
-def wait_for_flag(flags, rank, at, epoch, patience):
-    """Wait until the flag at `at` among a rank's own is of this epoch; what its peer wrote before can then be read."""
-    flag = tl.load(flags + rank).to(tl.pointer_type(tl.int32)) + at
+def wait_for_flag(flags, at, epoch, patience):
+    """Wait until the flag at `at` of this rank is of this epoch: what was written before it can then be read."""
+    flag = flags.to(tl.pointer_type(tl.int32)) + at
     tries = 0
     while (tl.atomic_add(flag, 0, sem="acquire", scope="sys") != epoch) & (tries < patience):
         tries += 1
@@ -83,7 +82,7 @@ def _unpack(words, CODES: tl.constexpr):
 @triton.jit
 def _tile_at(slot, blocks, WIDTH: tl.constexpr, TYPE: tl.constexpr):
     """Pointers [BLOCKS, WIDTH] to blocks' elements. A block begins at a multiple of 8 bytes, most of 16: Triton, which
-    cannot see it through an address loaded from memory, is told, or would store and load each element by itself."""
+    cannot see it through an address made of integers, is told, or would store and load each element by itself."""
     at = blocks[:, None].to(tl.int64) * WIDTH + tl.arange(0, WIDTH)[None, :]
     aligned: tl.constexpr = 16 if WIDTH * (TYPE.primitive_bitwidth // 8) % 16 == 0 else 8
     return tl.max_contiguous(tl.multiple_of(slot.to(tl.pointer_type(TYPE)) + at, (aligned, aligned)), (1, WIDTH))
@@ -139,14 +138,6 @@ def get(
 
 
 @triton.jit
-def slot_at(buffers, peer, offset, slot_bytes, SOURCE: tl.constexpr, PEER: tl.constexpr):
-    """Address of the slot in a rank's buffer that the rank SOURCE writes: there is none for its own."""
-    index: tl.constexpr = SOURCE - (SOURCE > PEER)
-    return tl.load(buffers + peer) + offset + tl.cast(slot_bytes, tl.int64) * index
-
-
-@triton.jit
-def raise_flag(flags, peer, at, epoch):
-    """Tell a peer that what this program wrote to it before is there."""
-    flag = tl.load(flags + peer).to(tl.pointer_type(tl.int32)) + at
-    tl.atomic_xchg(flag, epoch, sem="release", scope="sys")
+def raise_flag(flags, at, epoch):
+    """Tell the rank whose flags these are that what this program wrote to it before is there."""
+    tl.atomic_xchg(flags.to(tl.pointer_type(tl.int32)) + at, epoch, sem="release", scope="sys")
