@@ -39,19 +39,12 @@ def world() -> dist.ProcessGroup:
 
 
 def reduced(
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    recipe: AllReduceRecipe,
-    extra: int,
-    exact_columns: int = 0,
-    piece_bytes: int = collectives.PIECE_BYTES,
+    shape: tuple[int, ...], dtype: torch.dtype, recipe: AllReduceRecipe, extra: int, exact_columns: int = 0
 ) -> np.ndarray:
     """The bytes of this rank's result."""
     x = contribution(shape, dist.get_rank(), dtype)
     before = x.clone()
-    out = collectives.all_reduce(
-        x, world(), recipe, exact_columns=exact_columns, one_shot_extra_bytes=extra, piece_bytes=piece_bytes
-    )
+    out = collectives.all_reduce(x, world(), recipe, exact_columns=exact_columns, one_shot_extra_bytes=extra)
     assert torch.equal(x, before) and out.is_contiguous() and out.shape == x.shape and out.dtype == dtype
     return out.flatten().view(torch.uint8).numpy()
 

@@ -56,16 +56,6 @@ def test_exact_columns_are_not_quantized(world, recipe, dtype, way):
     check(world, 3, (5, 2, 70), dtype, recipe, way, exact_columns=6)
 
 
-@pytest.mark.parametrize("columns", [70, 64], ids=lambda columns: f"h{columns}")
-def test_pieces_change_no_bit(world, columns):
-    """Rows that are whole blocks and rows that are not; more pieces wanted than there are rows."""
-    for recipe in RECIPES:
-        for exact, piece_bytes in [(0, 1), (0, 1000), (6, 500)]:
-            args = (37, 1, columns), torch.bfloat16, recipe, ONE, exact
-            whole, cut = world(2).run(jobs.reduced, *args), world(2).run(jobs.reduced, *args, piece_bytes)
-            assert all(np.array_equal(found, whole[0]) for found in (*whole, *cut))
-
-
 @WAYS
 @pytest.mark.parametrize("recipe", RECIPES, ids=by_name)
 def test_nan_and_inf_arrive_as_a_float_sum_has_them(world, recipe, way):

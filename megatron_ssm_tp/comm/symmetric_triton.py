@@ -62,6 +62,10 @@ class Shape:
     add_norm: bool
     exact: bool
 
+    @property
+    def flag_a_tile(self) -> bool:
+        return self.flagged and not self.split
+
 
 @triton.jit
 def one_shot(
@@ -99,7 +103,6 @@ def one_shot(
 
     The programs from tile_programs on sum the exact_columns behind each row's row_length values.
     """
-    SUM: tl.constexpr = x_ptr.dtype.element_ty
     program = tl.program_id(0)
     epoch = tl.load(counters_ptr, volatile=True) + 1
     half = (epoch & 1).to(tl.int64) * half_bytes
@@ -115,31 +118,21 @@ def one_shot(
                 if program % 2 == 0:
                     for tile in tl.range(part * chunk, end, num_stages=3):
                         codes, scales = _encode(tile, source, S)
-                        _put_to_all(codes, scales, tile, tile, all_blocks, all_blocks, link, S, True)
-                    _raise_flags(link, part * S.ranks, S, True)
+                        _put_to_all(codes, scales, tile, tile, all_blocks, all_blocks, link, S, False)
+                    _raise_flags(link, part * S.ranks, S, False)
                 else:
-                    _await_flags(link, part * S.ranks, S, True)
+                    _await_flags(link, part * S.ranks, S, False)
                     for tile in tl.range(part * chunk, end, num_stages=2):
-                        if S.add_norm:
-                            residual, weight = _residual_and_weight(tile, sink, all_blocks, S)
-                            total = _sum_of_slots(tile, tile, all_blocks, all_blocks, link, S)
-                            _store_normed(total, residual, weight, tile, sink, all_blocks, SUM, S)
-                        else:
-                            total = _sum_of_slots(tile, tile, all_blocks, all_blocks, link, S)
-                            _store(total, tile, sink, all_blocks, SUM, S)
+                        # Its own is encoded once more: x is in the L2 cache still, codes would go there and back.
+                        codes, scales = _encode(tile, source, S)
+                        _sum_and_store(codes, scales, tile, source, sink, link, S)
         else:
             for tile in range(program, tiles, tile_programs):
                 codes, scales = _encode(tile, source, S)
                 _put_to_all(codes, scales, tile, tile, all_blocks, all_blocks, link, S, False)
                 if S.flagged:
                     _raise_flags(link, tile * S.ranks, S, False)
-                if S.add_norm:
-                    residual, weight = _residual_and_weight(tile, sink, all_blocks, S)
-                    total = _sum(codes, scales, tile, all_blocks, link, S)
-                    _store_normed(total, residual, weight, tile, sink, all_blocks, SUM, S)
-                else:
-                    total = _sum(codes, scales, tile, all_blocks, link, S)
-                    _store(total, tile, sink, all_blocks, SUM, S)
+                _sum_and_store(codes, scales, tile, source, sink, link, S)
     elif S.exact:
         exact = (row_length, x_stride, out_stride, exact_columns, first_exact, exact_values)
         link = (buffers, flags, half + exact_at, exact_slot_bytes, 0, epoch, patience)
@@ -311,7 +304,7 @@ def _sum(codes, scales, tile, all_blocks, link, S: tl.constexpr):
     """float32 [BLOCKS, BLOCK_SIZE]: this rank's tile, given in codes, and its peers', once there, in rank order."""
     FORMAT: tl.constexpr = S.format
     RANKS: tl.constexpr = S.ranks
-    if S.flagged:
+    if S.flag_a_tile:
         _await_flags(link, tile * S.ranks, S, False)
     for rank in tl.static_range(RANKS):
         if rank == S.rank:
@@ -376,6 +369,20 @@ def _store_normed(total, residual, weight, tile, sink, all_blocks, SUM: tl.const
     mean = tl.sum(tl.sum(wide * wide, axis=1), axis=0) / row_length
     wide = (wide * tl.rsqrt(mean + eps)).to(weight.dtype).to(tl.float32)
     tl.store(normed_ptr + address, (wide * weight.to(tl.float32)).to(weight.dtype), mask=mask)
+
+
+@triton.jit
+def _sum_and_store(codes, scales, tile, source, sink, link, S: tl.constexpr):
+    """Of a tile of this rank's, given in codes: the sum over the ranks, or what add_norm makes of it, to its place."""
+    SUM: tl.constexpr = source[0].dtype.element_ty
+    all_blocks = source[2]
+    if S.add_norm:
+        residual, weight = _residual_and_weight(tile, sink, all_blocks, S)
+        total = _sum(codes, scales, tile, all_blocks, link, S)
+        _store_normed(total, residual, weight, tile, sink, all_blocks, SUM, S)
+    else:
+        total = _sum(codes, scales, tile, all_blocks, link, S)
+        _store(total, tile, sink, all_blocks, SUM, S)
 
 
 @triton.jit
