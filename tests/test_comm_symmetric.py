@@ -61,7 +61,8 @@ def check(interpreted, directory: Path, p: int, calls: list[Call], codes_bytes: 
 @pytest.mark.parametrize("p", [2, 3, 4, 8], ids=lambda p: f"P{p}")
 @WAYS
 def test_the_collective_backends_bits_on_all_ranks(interpreted, directory, p, ways):
-    check(interpreted, directory, p, [Call((3, 1, 70), recipe, how) for recipe in RECIPES for how in ways])
+    ways, recipes = (ways, RECIPES) if p < 4 else (ways[1:], RECIPES[::3])  # many ranks are slow on few cores
+    check(interpreted, directory, p, [Call((3, 1, 70), recipe, how) for recipe in recipes for how in ways])
 
 
 @WAYS
@@ -85,7 +86,7 @@ def test_exact_columns_are_not_quantized(interpreted, directory, ways):
 @WAYS
 def test_what_does_not_fit_is_reduced_in_pieces(interpreted, directory, ways):
     """4 KiB of codes and 12 exact values at a time."""
-    calls = [Call((40, 250), RECIPES[0], ways[0]), Call((40, 250), RECIPES[3], ways[1], exact_columns=2)]
+    calls = [Call((40, 250), RECIPES[0], ways[0]), Call((12, 250), RECIPES[3], ways[1], exact_columns=2)]
     check(interpreted, directory, 3, calls, codes_bytes=4096, exact_values=12)
 
 
