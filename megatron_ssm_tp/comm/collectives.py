@@ -8,14 +8,10 @@ p ranks, a tensor of B bytes of codes and scales. Two ways, chosen by bytes:
 
 At p = 2 both receive the same, so one-shot; beyond, one-shot spares a collective and pays (p - 1)(p - 2) / p B for it.
 
-One-shot cuts large tensors in pieces, so that one is encoded or decoded while another travels.
-
 Either way every rank ends with the same bits: what is decoded was encoded by one rank for all, its own tensor included,
 and contributions are summed in float32 in the order of ranks. It takes ranks that run the same code: all on GPUs of
 one kind, or all on CPUs.
 """
-
-import math
 
 import torch
 import torch.distributed as dist
@@ -25,8 +21,6 @@ from .quantize import Layout, decode_sum, encode, sum_and_encode
 from .recipes import DTYPES, AllReduceRecipe, legal_dtypes
 
 ONE_SHOT_EXTRA_BYTES = 1 << 18  # what a collective's launch is worth: some 10 us at 25 GB/s
-PIECE_BYTES = 4 << 20  # of codes
-PIECES = 4
 
 
 def all_reduce(
@@ -36,7 +30,6 @@ def all_reduce(
     *,
     exact_columns: int = 0,
     one_shot_extra_bytes: int = ONE_SHOT_EXTRA_BYTES,
-    piece_bytes: int = PIECE_BYTES,
 ) -> torch.Tensor:
     """The sum of x over the group's ranks, quantized on the wire.
 
@@ -46,7 +39,6 @@ def all_reduce(
         recipe: the format; all ranks must give the same one.
         exact_columns: this many last columns of x travel as they are, beside the codes, and are summed in float32.
         one_shot_extra_bytes: one-shot is used while it receives no more bytes than this beyond what two-shot does.
-        piece_bytes: one-shot's pieces are no smaller; there are at most 4.
 
     Returns:
         A new contiguous tensor of x's shape and dtype, the same bits on every rank.
@@ -65,8 +57,7 @@ def all_reduce(
     if code_bytes * (p - 1) * (p - 2) // p > one_shot_extra_bytes:
         _two_shot(x, exact_columns, group, recipe, rows_out)
     else:
-        pieces = max(1, min(PIECES, code_bytes // piece_bytes))
-        _one_shot(x, exact_columns, group, recipe, rows_out, pieces)
+        _one_shot(x, exact_columns, group, recipe, rows_out)
     return out
 
 
@@ -75,38 +66,21 @@ def _cut(x: torch.Tensor, exact_columns: int) -> tuple[torch.Tensor, torch.Tenso
     return (x[:, :-exact_columns], x[:, -exact_columns:]) if exact_columns else (x, x[:0])
 
 
-def _row_pieces(rows: int, columns: int, block_size: int, pieces: int) -> list[slice]:
-    """Rows cut in about equal pieces, each but the last of whole blocks."""
-    whole = block_size // math.gcd(columns, block_size)
-    step = -(-rows // pieces // whole) * whole if pieces > 1 else rows
-    return [slice(first, first + step) for first in range(0, rows, step)]
-
-
 def _one_shot(
-    x: torch.Tensor,
-    exact_columns: int,
-    group: dist.ProcessGroup,
-    recipe: AllReduceRecipe,
-    out: torch.Tensor,
-    pieces: int,
+    x: torch.Tensor, exact_columns: int, group: dist.ProcessGroup, recipe: AllReduceRecipe, out: torch.Tensor
 ) -> None:
     """Fills `out` [rows, columns]."""
-    under_way = []
-    for part in _row_pieces(x.shape[0], x.shape[1] - exact_columns, recipe.block_size, pieces):
-        values, exact = _cut(x[part], exact_columns)
-        layout = Layout(recipe, values.numel(), 1, exact.numel() * exact.element_size())
-        payload = encode(values, layout)
-        if exact_columns:
-            layout.exact(payload, exact.dtype).copy_(exact.reshape(1, -1))
-        gathered = payload.new_empty(group.size(), layout.part_bytes)
-        work = dist.all_gather_into_tensor(gathered, payload, group=group, async_op=True)
-        under_way.append((part, layout, gathered, work))
-    for part, layout, gathered, work in under_way:
-        work.wait()
-        values, exact = _cut(out[part], exact_columns)
-        decode_sum(gathered.unsqueeze(1), layout, values)
-        if exact_columns:
-            exact.copy_(_sum_exact(layout.exact(gathered, exact.dtype)).view(exact.shape))
+    values, exact = _cut(x, exact_columns)
+    layout = Layout(recipe, values.numel(), 1, exact.numel() * exact.element_size())
+    payload = encode(values, layout)
+    if exact_columns:
+        layout.exact(payload, exact.dtype).copy_(exact.reshape(1, -1))
+    gathered = payload.new_empty(group.size(), layout.part_bytes)
+    dist.all_gather_into_tensor(gathered, payload, group=group)
+    values, exact = _cut(out, exact_columns)
+    decode_sum(gathered.unsqueeze(1), layout, values)
+    if exact_columns:
+        exact.copy_(_sum_exact(layout.exact(gathered, exact.dtype)).view(exact.shape))
 
 
 def _two_shot(

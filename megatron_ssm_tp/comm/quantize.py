@@ -13,7 +13,7 @@ the kernels' contributions are summed in the same order.
 """
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from types import ModuleType
 
 import torch
@@ -38,20 +38,20 @@ class Layout:
     parts: int = 1
     exact_bytes: int = 0
 
-    @property
+    @cached_property
     def blocks(self) -> int:
         """Blocks a part."""
         return -(-self.values // (self.recipe.block_size * self.parts))
 
-    @property
+    @cached_property
     def scales_at(self) -> int:
         return self.blocks * self.recipe.block_bytes
 
-    @property
+    @cached_property
     def exact_at(self) -> int:
         return self.scales_at + self.blocks * self.recipe.scale_bytes
 
-    @property
+    @cached_property
     def part_bytes(self) -> int:
         return -(-(self.exact_at + self.exact_bytes) // 16) * 16
 

@@ -4,16 +4,18 @@ What a call is launched with depends on its shapes alone and is kept in the work
 model costs the host no more than the GPU.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 
+from .kernel_calls import KernelCall, variant
 from .recipes import AllReduceRecipe
 from .symmetric_triton import EXACT_TILE, Shape, one_shot, two_shot
 from .tuning import Launch, launch_for
 from .workspace import EXACT_SLOT_BYTES, FLAGS, Workspace
+
+MOST_CALLS = 4096  # kept at a time: prompts of every length pass by
 
 
 def reduce(
@@ -45,23 +47,6 @@ def reduce_add_norm(
     return out, normed
 
 
-@dataclass(eq=False)
-class _Call:
-    """A kernel and all its arguments but the tensors, in the order of its signature."""
-
-    kernel: Any
-    grid: tuple[int, int, int]
-    arguments: dict[str, Any]
-    options: dict[str, Any]
-    compiled: Any = None
-
-    def __call__(self, *tensors: torch.Tensor) -> None:
-        if self.compiled is not None:
-            self.compiled[self.grid](*tensors, *self.arguments.values())
-        else:
-            self.compiled = self.kernel[self.grid](*tensors, **self.arguments, **self.options)
-
-
 def _launch(
     workspace: Workspace,
     recipe: AllReduceRecipe,
@@ -73,11 +58,11 @@ def _launch(
 ) -> None:
     """Reduce x [rows, columns] into `out`, the first of `tensors` (out, residual, weight, normed); given eps, of rows
     that are tiles, residual + sum into it and the norm of that into normed."""
-    aligned = tuple(t.data_ptr() % 16 == 0 for t in (x, *tensors))  # kernels are compiled for it
-    dtypes = x.dtype, *(t.dtype for t in tensors)
-    key = (recipe, exact_columns, how, x.shape, x.stride(0), eps, dtypes, aligned)
+    key = (recipe, exact_columns, how, x.shape, x.stride(0), eps, variant(x, *tensors))
     calls = workspace.calls.get(key)
     if calls is None:
+        if len(workspace.calls) >= MOST_CALLS:
+            workspace.calls.clear()
         calls = workspace.calls[key] = _calls(workspace, recipe, exact_columns, how, x, eps)
     for call in calls:
         call(x, *tensors, workspace.counters)
@@ -90,7 +75,7 @@ def _calls(
     how: Launch | None,
     x: torch.Tensor,
     eps: float | None,
-) -> list[_Call]:
+) -> list[KernelCall]:
     """The calls of a kernel that reduce x; more than one where it does not fit into the workspace."""
     rows, columns = x.shape
     kept = columns - exact_columns
@@ -126,7 +111,7 @@ def _call(
     tile_blocks: int,
     geometry: dict[str, Any],
     add_norm: bool,
-) -> _Call:
+) -> KernelCall:
     if how.way == "two-shot":
         kernel, roles, at = two_shot, 3, {"sums_at": workspace.sums_at}
         tiles = triton.cdiv(geometry["all_blocks"], tile_blocks * workspace.ranks)
@@ -152,25 +137,23 @@ def _call(
         add_norm=add_norm,
         exact=exact_programs > 0,
     )
-    arguments = (
-        geometry
-        | at
-        | {
-            "buffers": workspace.buffers,
-            "flags": workspace.flags,
-            "tile_programs": programs,
-            "half_bytes": workspace.half_bytes,
-            "slot_bytes": workspace.slot_bytes(how.way),
-            "exact_at": workspace.exact_at,
-            "exact_slot_bytes": EXACT_SLOT_BYTES,
-            "half_flags": FLAGS,
-            "patience": workspace.patience,
-            "chunk": chunk,
-            "S": shape,
-            "EXACT_TILE": EXACT_TILE,
-        }
-    )
-    ordered = {name: arguments[name] for name in kernel.arg_names if name in arguments}
-    return _Call(
-        kernel, (programs + exact_programs, 1, 1), ordered, {"num_warps": how.warps, "enable_fp_fusion": False}
-    )
+    arguments = {
+        "buffers": workspace.buffers,
+        "flags": workspace.flags,
+        "tile_programs": programs,
+        "half_bytes": workspace.half_bytes,
+        "slot_bytes": workspace.slot_bytes(how.way),
+        "exact_at": workspace.exact_at,
+        "exact_slot_bytes": EXACT_SLOT_BYTES,
+        "half_flags": FLAGS,
+        "patience": workspace.patience,
+        "chunk": chunk,
+        "S": shape,
+        "EXACT_TILE": EXACT_TILE,
+        **geometry,
+        **at,
+    }
+    options = {"num_warps": how.warps, "enable_fp_fusion": False}
+    if how.registers:
+        options["maxnreg"] = how.registers
+    return KernelCall(kernel, programs + exact_programs, arguments, options)
