@@ -14,7 +14,7 @@ from megatron_ssm_tp.comm import collectives
 from megatron_ssm_tp.comm.recipes import AllReduceRecipe
 from megatron_ssm_tp.comm.tuning import Launch
 from megatron_ssm_tp.comm.workspace import EXACT_VALUES, FLAGS, Workspace
-from megatron_ssm_tp.layers.norm import rms_normalize
+from megatron_ssm_tp.ops.norm import rms_normalize
 
 
 class Call(NamedTuple):

@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 
 from ..errors import UserError
-from .quantize import Layout, decode_sum, encode, sum_and_encode
+from .payload import Layout
+from .quantize import decode_sum, encode, sum_and_encode
 from .recipes import DTYPES, AllReduceRecipe, legal_dtypes
 
 ONE_SHOT_EXTRA_BYTES = 1 << 18  # what a collective's launch is worth: some 10 us at 25 GB/s

@@ -3,7 +3,7 @@
 import torch
 import torch.distributed as dist
 
-from ..layers.norm import rms_normalize
+from ..ops.norm import rms_normalize
 from . import symmetric
 from .mappings import is_quantized, reduce_from_tensor_model_parallel_region
 from .recipes import AllReduceRecipe

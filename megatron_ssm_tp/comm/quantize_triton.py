@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .kernel_calls import KernelCall, variant
-from .quantize import Layout
+from .payload import Layout
 from .tiles import decode_tile, encode_tile
 
 _TILE = 2048  # values a program holds: 16 a thread

@@ -11,7 +11,8 @@ import triton
 
 from .kernel_calls import KernelCall, variant
 from .recipes import AllReduceRecipe
-from .symmetric_triton import EXACT_TILE, Shape, one_shot, two_shot
+from .symmetric_triton import EXACT_TILE, one_shot, two_shot
+from .tile_steps import Shape
 from .tuning import Launch, launch_for
 from .workspace import EXACT_SLOT_BYTES, FLAGS, Workspace
 
