@@ -1,4 +1,8 @@
-"""The symmetric backend's kernels among ranks in Triton's interpreter: the collective backend's bits, on every rank."""
+"""The symmetric backend's kernels among ranks in Triton's interpreter: the collective backend's bits, on every rank.
+
+The interpreter runs a rank's programs one after the other and each tile as a whole: what depends on the order of memory
+accesses, or on programs and warps that run at a time, tools/soak_allreduce.py looks for on GPUs.
+"""
 
 import os
 from collections.abc import Callable, Iterator
@@ -61,7 +65,8 @@ def check(interpreted, directory: Path, p: int, calls: list[Call], codes_bytes: 
 @pytest.mark.parametrize("p", [2, 3, 4, 8], ids=lambda p: f"P{p}")
 @WAYS
 def test_the_collective_backends_bits_on_all_ranks(interpreted, directory, p, ways):
-    ways, recipes = (ways, RECIPES) if p < 4 else (ways[1:], RECIPES[::3])  # many ranks are slow on few cores
+    # many ranks are slow on few cores
+    ways, recipes = {2: (ways, RECIPES), 8: (ways[1:], RECIPES[:1])}.get(p, (ways[1:], RECIPES[::3]))
     check(interpreted, directory, p, [Call((3, 1, 70), recipe, how) for recipe in recipes for how in ways])
 
 
@@ -86,7 +91,7 @@ def test_exact_columns_are_not_quantized(interpreted, directory, ways):
 @WAYS
 def test_what_does_not_fit_is_reduced_in_pieces(interpreted, directory, ways):
     """4 KiB of codes and 12 exact values at a time."""
-    calls = [Call((40, 250), RECIPES[0], ways[0]), Call((12, 250), RECIPES[3], ways[1], exact_columns=2)]
+    calls = [Call((24, 250), RECIPES[0], ways[1]), Call((12, 250), RECIPES[3], ways[1], exact_columns=2)]
     check(interpreted, directory, 3, calls, codes_bytes=4096, exact_values=12)
 
 

@@ -30,7 +30,7 @@ TOGETHER_AT_LEAST = 1 << 17
 TOGETHER_AT_MOST = 1 << 24
 SPLIT_AT_LEAST = 1 << 22
 # Tile, warps, registers and programs of a role on each multiprocessor: as many as run at a time, or a few less.
-SPLITS = ((2048, 4, 0, (2,)), (2048, 4, 80, (2, 3)), (2048, 4, 64, (3, 4)), (2048, 8, 64, (2,)), (4096, 8, 64, (2,)))
+SPLITS = ((2048, 4, 0, (2, 4)), (2048, 4, 80, (2, 3)), (2048, 4, 64, (3, 4)), (2048, 8, 64, (2,)), (4096, 8, 64, (2,)))
 
 
 def candidates(ranks: int, recipe: AllReduceRecipe, values: int) -> Iterator[Launch]:

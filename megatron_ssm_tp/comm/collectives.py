@@ -16,10 +16,9 @@ one kind, or all on CPUs.
 import torch
 import torch.distributed as dist
 
-from ..errors import UserError
 from .payload import Layout
 from .quantize import decode_sum, encode, sum_and_encode
-from .recipes import DTYPES, AllReduceRecipe, legal_dtypes
+from .recipes import AllReduceRecipe
 
 ONE_SHOT_EXTRA_BYTES = 1 << 18  # what a collective's launch is worth: some 10 us at 25 GB/s
 
@@ -47,7 +46,7 @@ def all_reduce(
     Raises:
         UserError: the dtype, the group or exact_columns is not legal.
     """
-    _check(x, group, recipe, exact_columns)
+    recipe.check(x, group, exact_columns)
     p = group.size()
     if p == 1 or x.numel() == 0:
         return x.clone(memory_format=torch.contiguous_format)
@@ -115,14 +114,3 @@ def _sum_exact(contributions: torch.Tensor) -> torch.Tensor:
     for contribution in contributions[1:]:
         total = total + contribution.float()
     return total.to(contributions.dtype)
-
-
-def _check(x: torch.Tensor, group: dist.ProcessGroup, recipe: AllReduceRecipe, exact_columns: int) -> None:
-    if x.dtype not in DTYPES:
-        raise UserError("dtype", x.dtype, "cannot be reduced by a recipe", legal_dtypes())
-    ok, reason = recipe.supports(x.dtype, group)
-    if not ok:
-        raise UserError("group", group, reason, "a torch.distributed.ProcessGroup that this rank belongs to")
-    columns = x.shape[-1] if x.dim() else 1
-    if not 0 <= exact_columns < max(columns, 1):
-        raise UserError("exact_columns", exact_columns, f"x has {columns} columns", f"0 to {max(columns - 1, 0)}")

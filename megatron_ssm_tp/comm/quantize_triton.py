@@ -8,20 +8,10 @@ import triton.language as tl
 
 from .kernel_calls import KernelCall, variant
 from .payload import Layout
-from .tiles import decode_tile, encode_tile
+from .tiles import addresses, decode_tile, encode_tile
 
 _TILE = 2048  # values a program holds: 16 a thread
 _LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}  # without fusion the bits are those of the reference
-
-
-@triton.jit
-def addresses(blocks, row_length, row_stride, CONTIGUOUS: tl.constexpr, BLOCK_SIZE: tl.constexpr):
-    """Each value's place in the flattened tensor and in memory, int64 [BLOCKS, BLOCK_SIZE]."""
-    places = blocks[:, None].to(tl.int64) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]
-    if CONTIGUOUS:
-        return places, places
-    else:
-        return places, places // row_length * row_stride + places % row_length
 
 
 @triton.jit

@@ -137,6 +137,7 @@ def _call(
         split=how.way == "split",
         add_norm=add_norm,
         exact=exact_programs > 0,
+        threads=32 * how.warps,
     )
     arguments = {
         "buffers": workspace.buffers,

@@ -210,7 +210,7 @@ def _exact(x_ptr, out_ptr, tile, exact, link, S: tl.constexpr, TILE: tl.constexp
             part = own
         else:
             slot = (buffers[S.rank] + offset + slot_bytes * rank).to(tl.pointer_type(tl.int64))
-            part = read_words(slot + place, mask, epoch, patience).to(tl.float32, bitcast=True)
+            part = read_words(slot + place, mask, epoch, patience, TILE, S.threads).to(tl.float32, bitcast=True)
         if rank == 0:
             total = part
         else:

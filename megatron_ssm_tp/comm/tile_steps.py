@@ -16,8 +16,7 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
-from .quantize_triton import addresses
-from .tiles import decode_tile, encode_tile
+from .tiles import addresses, decode_tile, encode_tile
 from .transports import get, put, raise_flag, wait_for_flag
 
 
@@ -35,6 +34,7 @@ class Shape:
         split: one_shot is done in two roles.
         add_norm: a tile is a row, to which a residual is added and which is normed.
         exact: some columns are summed as they are.
+        threads: of a program.
     """
 
     rank: int
@@ -49,6 +49,7 @@ class Shape:
     split: bool
     add_norm: bool
     exact: bool
+    threads: int
 
     @property
     def flag_a_tile(self) -> bool:
@@ -104,7 +105,7 @@ def get_tile(tile, at, slot_blocks, all_blocks, link, S: tl.constexpr, SOURCE: t
     mask = _blocks_of(tile, all_blocks, S)[1]
     within = at * S.tile_blocks + tl.arange(0, S.blocks)
     slot = buffers[S.rank] + offset + slot_bytes * SOURCE
-    return get(within, mask, slot, slot_blocks, epoch, patience, FORMAT, S.block_size, S.flagged)
+    return get(within, mask, slot, slot_blocks, epoch, patience, FORMAT, S.block_size, S.flagged, S.threads)
 
 
 @triton.jit

@@ -3,7 +3,8 @@
 Two transports carry a tile [BLOCKS, BLOCK_SIZE] of codes:
 
 words   every 8 bytes are 4 bytes of codes and the call's epoch: who reads waits until the epochs are there. No fence,
-        no flag, one trip: for small tensors. Twice the bytes.
+        no flag, one trip: for small tensors. Twice the bytes. That 8 aligned bytes arrive at once is what NCCL's
+        low-latency protocol relies on too; plain stores are seen by volatile loads without a fence.
 flags   codes as they are, a barrier, and a flag a tile set with release semantics, which the reader acquires.
 """
 
@@ -40,8 +41,8 @@ def _late(words, epoch):
 
 
 @triton.jit
-def read_words(ptr, mask, epoch, patience):
-    """The low halves of 8-byte words, int32, once all of them have arrived."""
+def read_words(ptr, mask, epoch, patience, WORDS: tl.constexpr, THREADS: tl.constexpr):
+    """The low halves of WORDS 8-byte words, int32, once all of them have arrived; by THREADS threads."""
     absent = epoch.to(tl.int64) << 32
     words = tl.load(ptr, mask=mask, other=absent, volatile=True)
     tries = 0
@@ -50,6 +51,9 @@ def read_words(ptr, mask, epoch, patience):
         tries += 1
     if tries >= patience:
         _give_up()
+    if WORDS > 32 and WORDS < THREADS:
+        # Warps then hold copies, each read by itself, and not all of them have voted: read what the voters saw.
+        words = tl.load(ptr, mask=mask, other=absent, volatile=True)
     return words.to(tl.int32)
 
 
@@ -95,7 +99,7 @@ def put(codes, scales, blocks, mask, slot, slot_blocks, epoch, FORMAT: tl.conste
     if FLAGGED:
         tl.store(_tile_at(slot, blocks, width, codes.dtype), codes, mask=mask[:, None])
         if FORMAT != "bf16":
-            scales_at = (slot + slot_blocks.to(tl.int64) * width).to(tl.pointer_type(tl.float32))
+            scales_at = (slot + tl.cast(slot_blocks, tl.int64) * width).to(tl.pointer_type(tl.float32))
             tl.store(scales_at + blocks, scales, mask=mask)
     else:
         per_word: tl.constexpr = 2 if FORMAT == "bf16" else 4
@@ -117,6 +121,7 @@ def get(
     FORMAT: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     FLAGGED: tl.constexpr,
+    THREADS: tl.constexpr,
 ):
     """The values float32 [BLOCKS, BLOCK_SIZE] of a tile that a peer wrote into a slot."""
     scales = tl.zeros((blocks.shape[0],), tl.float32)
@@ -125,15 +130,19 @@ def get(
         code: tl.constexpr = tl.int16 if FORMAT == "bf16" else tl.uint8
         codes = tl.load(_tile_at(slot, blocks, width, code), mask=mask[:, None], other=0)
         if FORMAT != "bf16":
-            scales_at = (slot + slot_blocks.to(tl.int64) * width).to(tl.pointer_type(tl.float32))
+            scales_at = (slot + tl.cast(slot_blocks, tl.int64) * width).to(tl.pointer_type(tl.float32))
             scales = tl.load(scales_at + blocks, mask=mask, other=0.0)
     else:
         per_word: tl.constexpr = 2 if FORMAT == "bf16" else 4
         words: tl.constexpr = width // per_word
-        codes = _unpack(read_words(_tile_at(slot, blocks, words, tl.int64), mask[:, None], epoch, patience), per_word)
+        all_words: tl.constexpr = blocks.shape[0] * words
+        ptr = _tile_at(slot, blocks, words, tl.int64)
+        codes = _unpack(read_words(ptr, mask[:, None], epoch, patience, all_words, THREADS), per_word)
         if FORMAT != "bf16":
             scales_at = slot.to(tl.pointer_type(tl.int64)) + slot_blocks * words
-            scales = read_words(scales_at + blocks, mask, epoch, patience).to(tl.float32, bitcast=True)
+            all_scales: tl.constexpr = blocks.shape[0]
+            bits = read_words(scales_at + blocks, mask, epoch, patience, all_scales, THREADS)
+            scales = bits.to(tl.float32, bitcast=True)
     return decode_tile(codes, scales, FORMAT)
 
 

@@ -25,7 +25,7 @@ class Workspace:
     Args:
         rank, ranks: this rank and their number.
         buffers, flags: addresses of all ranks' buffers of 2 * half_bytes, and of their flags, which are int32
-            [2, FLAGS], zeros before the first call.
+            [2, FLAGS]; all zeros before the first call.
         counters: int32 [2], zeros before the first call.
         patience: polls before a peer is given up.
         memory: whatever keeps the buffers alive.
