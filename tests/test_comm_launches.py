@@ -69,7 +69,7 @@ KERNELS = [
     ("one_shot", {"split": True}, {}),
     ("one_shot", {"split": True, "add_norm": True, "tile_blocks": 20, "blocks": 32}, {}),
     ("one_shot", {}, {"all_blocks": 1, "chunk": 1}),
-    ("two_shot", {"ranks": 4}, {}),
+    ("two_shot", {"ranks": 8, "rank": 7}, {}),
 ]
 
 
