@@ -201,6 +201,23 @@ def supported_under_capture() -> tuple[bool, str]:
         return symmetric.supports(x, group, Int8BlockScaling())
 
 
+def warnings_of_a_fallback() -> list[str]:
+    """What is said when "auto" cannot take the symmetric backend on GPUs, and when "collective" is asked for."""
+    import warnings
+    from unittest import mock
+
+    from megatron_ssm_tp.comm import backends
+
+    group = dist.new_group(list(range(dist.get_world_size())))
+    x = mock.Mock(is_cuda=True, dtype=torch.bfloat16)
+    refused = backends.BACKENDS["symmetric"]._replace(supports=lambda *_: (False, "no peer access"))
+    with warnings.catch_warnings(record=True) as said, mock.patch.dict(backends.BACKENDS, symmetric=refused):
+        warnings.simplefilter("always")
+        for name in ("auto", "collective"):
+            assert backends.choose(x, group, Int8BlockScaling(backend=name)) is backends.BACKENDS["collective"]
+    return [str(warning.message) for warning in said]
+
+
 def fused_errors() -> list[str]:
     from megatron_ssm_tp.comm.fused import all_reduce_add_norm
 
