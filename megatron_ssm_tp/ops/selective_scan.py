@@ -102,7 +102,7 @@ def selective_scan_varlen(
     x, dt, z = (last_axis_dense(t) for t in (x, dt, z))
     B, C = (_by_head(t.float() if how.widen else t) for t in (B, C))
     A, D, dt_bias = A.float().contiguous(), D.contiguous(), dt_bias.contiguous()
-    cached = states if states[0].is_contiguous() else states.contiguous()
+    cached = dense_states(states)
     shape = _Shape(len(x), cu_seqlens.numel() - 1, x.shape[1], B.shape[1], A.shape[1])
     lanes = shape.lanes(how.warps)
     blocks = -(-shape.head_channels // (2 * lanes))
@@ -161,7 +161,7 @@ def selective_state_step(
     x, dt, z = (last_axis_dense(t) for t in (x, dt, z))
     B, C = _by_head(B), _by_head(C)
     A, D, dt_bias = A.float().contiguous(), D.contiguous(), dt_bias.contiguous()
-    cached = states if states[0].is_contiguous() else states.contiguous()
+    cached = dense_states(states)
     shape = _Shape(len(x), len(x), x.shape[1], B.shape[1], A.shape[1])
     channels = max(1, 2048 // shape.padded)  # 16 states a thread
     blocks = -(-shape.head_channels // channels)
@@ -223,6 +223,11 @@ def _multiprocessors(device: torch.device) -> int:
 def last_axis_dense(x: torch.Tensor) -> torch.Tensor:
     """x, copied if its last axis has gaps."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def dense_states(states: torch.Tensor) -> torch.Tensor:
+    """states [slots, D, ..], copied if a slot has gaps; slots may be any number of values apart."""
+    return states if states[0].is_contiguous() else states.contiguous()
 
 
 def _by_head(shared: torch.Tensor) -> torch.Tensor:
