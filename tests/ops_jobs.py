@@ -75,7 +75,7 @@ def _differ(name: str, found: torch.Tensor, expected: torch.Tensor, unit: float 
     if found.dtype != expected.dtype or found.shape != expected.shape or not found.is_contiguous():
         return f"{name}: {found.dtype} {tuple(found.shape)} strides {found.stride()}"
     scale = expected.float().square().mean().sqrt()
-    wrong = ~((found.float() - expected.float()).abs() <= 1e-4 * scale + unit * expected.float().abs()) 
+    wrong = ~((found.float() - expected.float()).abs() <= 1e-4 * scale + unit * expected.float().abs())
     at = wrong.nonzero()
     return "" if not len(at) else f"{name} {at[:3].tolist()}: {found[wrong][:3]} for {expected[wrong][:3]}; "
 

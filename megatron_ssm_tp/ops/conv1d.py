@@ -6,6 +6,7 @@ x is read once from memory (its later taps find it in the cache) and y written: 
 
 import torch
 
+from ..errors import UserError
 from .conv1d_triton import conv1d_chunks, conv1d_step
 from .selective_scan import dense_states, last_axis_dense
 
@@ -29,10 +30,13 @@ def causal_conv1d_varlen(
         states: [slots, D, K], the last K inputs; read at each sequence's start and written in place at its end.
         slots: int [s], each sequence's own.
         cu_seqlens: int [s + 1], where sequences begin and end in T. Not read by the host.
-        tile: tokens, channels and warps of a program.
+        tile: tokens (no fewer than K), channels and warps of a program.
 
     Returns:
         y [T, D] in x's dtype. Nothing here is differentiable.
+
+    Raises:
+        UserError: the tile has fewer tokens than K.
     """
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     sequences = cu_seqlens.numel() - 1
@@ -40,6 +44,8 @@ def causal_conv1d_varlen(
         return out
     x, weight, cached = last_axis_dense(x), weight.contiguous(), dense_states(states)
     tokens, channels, warps = tile
+    if tokens < weight.shape[1]:
+        raise UserError("tile", tile, f"has fewer tokens than the {weight.shape[1]} taps", "more tokens")
     grid = (-(-x.shape[1] // channels), len(x) // tokens + sequences)
     conv1d_chunks[grid](
         *(x, weight, bias, out, cached, slots, cu_seqlens, sequences, x.shape[1], x.stride(0), cached.stride(0)),

@@ -39,7 +39,9 @@ def conv1d_chunks(
         for tap in tl.static_range(WIDTH):
             source = token + (tap - WIDTH + 1)
             own = ((source >= 0) & (source < length))[:, None] & mask[None, :]
-            x = tl.load(x_ptr + source.to(tl.int64)[:, None] * x_stride + d[None, :], mask=own, other=0.0).to(tl.float32)
+            x = tl.load(x_ptr + source.to(tl.int64)[:, None] * x_stride + d[None, :], mask=own, other=0.0).to(
+                tl.float32
+            )
             if slot == first:
                 before = (source < 0)[:, None] & mask[None, :]
                 at = state_at[None, :] + (WIDTH + source)[:, None]

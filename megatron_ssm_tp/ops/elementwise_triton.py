@@ -57,4 +57,4 @@ def exp2_rows(x, rows, POLYNOMIAL: tl.constexpr):
     if POLYNOMIAL == 0:
         return tl.exp2(x)
     else:
-        return tl.where((rows % 16 < POLYNOMIAL)[:, None], polynomial_exp2(x), tl.exp2(x))
+        return tl.where((rows * POLYNOMIAL % 16 < POLYNOMIAL)[:, None], polynomial_exp2(x), tl.exp2(x))

@@ -3,7 +3,7 @@
 A sequence is cut into chunks. Chunk number c of sequence i has slot cu_seqlens[i] // chunk + i + c: no two have the
 same, all are below T // chunk + sequences, and nobody on the host needs to know a length.
 
-Lane i of a program holds channels 2 i and 2 i + 1, so that a lane's bfloat16 come as one word: a row of tokens is a tile
+Lane i of a program holds channels 2 i and 2 i + 1, so that a lane's bfloat16 come as one word: a token's row is a tile
 [LANES, 2], what is computed with is a pair of tensors, one of each parity.
 """
 
@@ -81,3 +81,38 @@ def store_row(token_ptr, pair, first, second, mask, MASKED: tl.constexpr):
 def split_row(row):
     """A row as a pair, float32."""
     return tl.split(row.to(tl.float32))
+
+
+@triton.jit
+def shared_row(at, n, d_state, MASKED: tl.constexpr):
+    """B or C of a token, float32 [N]."""
+    if MASKED:
+        return tl.load(at + n, mask=n < d_state, other=0.0).to(tl.float32)
+    else:
+        return tl.load(at + n).to(tl.float32)
+
+
+@triton.jit
+def load_state(
+    at, lanes, parity, channel_stride, row_stride, row, N: tl.constexpr, LANES: tl.constexpr, other: tl.constexpr
+):
+    """Rows `row` .. row + N of a state, or of A, of the channels of one parity: float32 [N, LANES]."""
+    address, inside = _in_state(at, lanes, parity, channel_stride, row_stride, row, N, LANES)
+    return tl.load(address, mask=inside, other=other).to(tl.float32)
+
+
+@triton.jit
+def store_state(at, state, lanes, parity, channel_stride, row_stride, row, N: tl.constexpr, LANES: tl.constexpr):
+    address, inside = _in_state(at, lanes, parity, channel_stride, row_stride, row, N, LANES)
+    tl.store(address, state.to(at.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _in_state(at, lanes, parity, channel_stride, row_stride, row, N: tl.constexpr, LANES: tl.constexpr):
+    pair, mask, d_state = lanes
+    n = row + tl.arange(0, N)
+    address = at + (pair + parity)[None, :] * channel_stride + n[:, None] * row_stride
+    # Said to follow each other from lane to lane, one value each (which is harmless): a load then keeps a column in one
+    # thread, instead of spreading it for the sake of wider loads.
+    address = tl.max_contiguous(tl.multiple_of(address, [4, 4]), [1, LANES])
+    return address, (n < d_state)[:, None] & mask[parity][None, :]

@@ -1,30 +1,31 @@
 """Mamba-1's selective scan on GPUs: reference.selective_scan_varlen and selective_state_step as Triton kernels.
 
-Counted a token and channel at N = 16, for bfloat16 (x, dt, z in, y out):
+Counted a token and channel at N = 16, for bfloat16 (x, dt, z in, y out), of what sm_90 is given:
 
-    bytes          8                     0.18 ms for 8192 tokens x 8192 channels at 3 TB/s
-    exponentials   16, and 3 more for softplus and gate: 0.34 ms on an H100's special-function units (16 a cycle and
-                   SM), that is 152 cycles of a quarter SM for a warp of channels
-    instructions   125, of which 64 are the recurrence's multiplies and adds: 125 cycles of the same
+    bytes          8: 0.18 ms for 8192 tokens x 8192 channels at 3 TB/s
+    exponentials   16, and 3 of their like for softplus and gate: of special-function units, which take a warp's in 8
+                   cycles, that is 152 cycles of a quarter SM, 0.34 ms for all of an H100 at 1.755 GHz
+    instructions   118, of which 64 are the recurrence's multiplications and additions and 8 loads of B and C: 118
+                   cycles of the same
 
-A walk through time is bound by the exponentials, closely followed by everything else. So some of the 16 go to the
-multiply-add units as polynomials (9 instructions each): with 2 or 3 of them both come to about 140 cycles. A walk needs
-no exchange between threads if each holds two channels with all their states; but then 8192 channels are only 128
-warps, a quarter of what it takes to keep the units busy once, and a prompt has to be cut in time too:
+So some of the 16 go to the multiply-add units as polynomials, 8 instructions more each: with 2 of them 17 are left, 136
+cycles, beside 134 instructions, about 0.3 ms. There is no shuffle and no shared memory among these, for a thread holds
+two channels with all their states; but then 8192 channels are only 128 warps, a quarter of what keeps the units busy,
+and prompts have to be cut in time too:
 
-1. `chunk_states`: what each chunk leaves of its own tokens (17 exponentials, 97 instructions, 4 bytes). Walked from the
-   chunk's end, where a token's weight is exp(A * dt after it): the exponentials are not recurrent, and once they vanish
-   for all channels of a program the rest of the chunk need not be seen. With A = -1 .. -16 and dt near 0.05, a chunk of
-   1024 tokens needs a third of its exponentials. What is forgotten depends on dt and A, the result does not: the
-   weights dropped are below 2^-32.
-2. `scan_chunks`: each chunk from the state that the ones before it leave, one exponential and one multiply-add a state
-   for each, and its outputs.
+1. `chunk_states`: what each chunk leaves of its own tokens (4 bytes, 17 exponentials, 92 to 98 instructions). It walks
+   from the chunk's end, where a token's weight is exp(A * dt after it): no exponential waits for another, and once they
+   vanish for all channels of a program the rest of the chunk is not even read. At A = -1 .. -16 and dt near 0.05 that
+   leaves a third of a chunk of 1024 tokens. Weights below 2^-32 are what is dropped, whatever dt and A are.
+2. `scan_chunks`: each chunk's outputs, from the state that the ones before it leave: an exponential and a multiply-add
+   a state for each of them.
 
-A single pass with look-back would pay the exponentials twice as well, for the state at a chunk's start multiplies into
-every token's output, and would have programs wait for each other. An associative scan with time across lanes pays them
-once, but twice the multiply-adds, ten shuffles a thread and a transposition of x, dt, z and y.
+A single pass with look-back would pay exponentials twice as well, since the state at a chunk's start reaches every
+output through them, and would have programs wait for each other. An associative scan with time across lanes pays them
+once, but another multiplication and addition a state, ten shuffles every few tokens, and a transposition of x, dt, z
+and y.
 
-Only as many chunks are cut as fill the GPU: prompts of a batch that fills it alone are scanned whole.
+Only as many chunks are cut as fill the GPU: prompts of a batch that fills it are scanned whole.
 """
 
 from dataclasses import dataclass
@@ -33,11 +34,11 @@ from functools import cache
 import torch
 import triton
 
-from .selective_scan_triton import chunk_states, scan_chunks
+from .chunk_states_triton import chunk_states
+from .selective_scan_triton import scan_chunks
 from .state_step_triton import state_step
 
 SHORTEST_CHUNK = 64
-UNROLL = 4  # tokens whose loads are in flight together; chunks are multiples
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class ScanLaunch:
     Args:
         chunk: tokens in a chunk, about; None is what fills the GPU.
         warps: of a program; it has 64 channels a warp.
+        unroll: tokens whose loads are in flight together; chunks are multiples.
         polynomial: how many of 16 exponentials `scan_chunks` gives to the multiply-add units.
         back_polynomial: the same of `chunk_states`.
         groups: parts of the states that `chunk_states` follows for as long as each matters: 1, 2 or 4.
@@ -58,8 +60,9 @@ class ScanLaunch:
 
     chunk: int | None = None
     warps: int = 1
+    unroll: int = 4
     polynomial: int = 2
-    back_polynomial: int = 3
+    back_polynomial: int = 2
     groups: int = 4
     ahead: bool = False
     widen: bool = True
@@ -101,38 +104,24 @@ def selective_scan_varlen(
         return out
     x, dt, z = (last_axis_dense(t) for t in (x, dt, z))
     B, C = (_by_head(t.float() if how.widen else t) for t in (B, C))
-    A, D, dt_bias = A.float().contiguous(), D.contiguous(), dt_bias.contiguous()
-    cached = dense_states(states)
+    A, D, dt_bias, cached = A.float().contiguous(), D.contiguous(), dt_bias.contiguous(), dense_states(states)
     shape = _Shape(len(x), cu_seqlens.numel() - 1, x.shape[1], B.shape[1], A.shape[1])
-    lanes = shape.lanes(how.warps)
-    blocks = -(-shape.head_channels // (2 * lanes))
-    chunk = how.chunk or shape.chunk(blocks * shape.heads * how.warps, how.warps_per_sm, x.device)
-    slots_used = shape.tokens // chunk + shape.sequences
+    lanes, chunk = shape.lanes(how.warps), how.chunk or shape.chunk(how, x.device)
     cut = 2 * shape.tokens >= 3 * chunk  # the shortest that chunk_of cuts is 1.5 chunks
-    starts = A.new_empty(slots_used if cut else 0, shape.d_state, shape.channels)
-    steps = A.new_empty(slots_used if cut else 0, shape.channels)
-    grid = (blocks * shape.heads, slots_used)
-    geometry = (shape.sequences, shape.channels, shape.head_channels, blocks, shape.d_state, chunk)
-    where = (cached, slots, cu_seqlens, starts, steps, *geometry)
-    options = {"N": shape.padded, "LANES": lanes, "UNROLL": UNROLL, "MASKED": shape.masked(lanes)}
+    grid = shape.grid(lanes, shape.tokens // chunk + shape.sequences)
+    starts = A.new_empty(grid[1] if cut else 0, shape.d_state, shape.channels)
+    steps = A.new_empty(grid[1] if cut else 0, shape.channels)
+    where = (cached, slots, cu_seqlens, starts, steps, shape.sequences, *shape.geometry(lanes), chunk)
+    options = {"N": shape.padded, "LANES": lanes, "UNROLL": how.unroll, "MASKED": shape.masked(lanes)}
+    options["num_warps"] = how.warps
     if cut:
-        chunk_states[grid](
-            *(x, dt, A, B, dt_bias, *where, x.stride(0), dt.stride(0), *B.stride()[:2], cached.stride(0)),
-            **options,
-            GROUPS=min(how.groups, shape.padded),
-            POLYNOMIAL=how.back_polynomial,
-            num_warps=how.warps,
-            maxnreg=how.max_registers[1],
-        )
+        strides = (x.stride(0), dt.stride(0), *B.stride()[:2], cached.stride(0))
+        own = {"GROUPS": min(how.groups, shape.padded), "POLYNOMIAL": how.back_polynomial}
+        chunk_states[grid](x, dt, A, B, dt_bias, *where, *strides, **options, **own, maxnreg=how.max_registers[1])
     strides = (x.stride(0), dt.stride(0), z.stride(0), *B.stride()[:2], *C.stride()[:2], cached.stride(0))
-    scan_chunks[grid](
-        *(x, dt, z, out, A, B, C, D, dt_bias, *where, *strides),
-        **options,
-        AHEAD=how.ahead,
-        POLYNOMIAL=how.polynomial,
-        num_warps=how.warps,
-        maxnreg=how.max_registers[0],
-    )
+    own = {"AHEAD": how.ahead, "POLYNOMIAL": how.polynomial}
+    given = (x, dt, z, out, A, B, C, D, dt_bias)
+    scan_chunks[grid](*given, *where, *strides, **options, **own, maxnreg=how.max_registers[0])
     if cached is not states:
         states.copy_(cached)
     return out
@@ -160,18 +149,13 @@ def selective_state_step(
         return out
     x, dt, z = (last_axis_dense(t) for t in (x, dt, z))
     B, C = _by_head(B), _by_head(C)
-    A, D, dt_bias = A.float().contiguous(), D.contiguous(), dt_bias.contiguous()
-    cached = dense_states(states)
+    A, D, dt_bias, cached = A.float().contiguous(), D.contiguous(), dt_bias.contiguous(), dense_states(states)
     shape = _Shape(len(x), len(x), x.shape[1], B.shape[1], A.shape[1])
-    channels = max(1, 2048 // shape.padded)  # 16 states a thread
-    blocks = -(-shape.head_channels // channels)
+    lanes = max(1, 1024 // shape.padded)  # of two channels; 16 states a thread
     strides = (x.stride(0), dt.stride(0), z.stride(0), *B.stride()[:2], *C.stride()[:2], cached.stride(0))
-    state_step[(blocks * shape.heads, len(x))](
-        *(x, dt, z, out, A, B, C, D, dt_bias, cached, slots),
-        *(shape.channels, shape.head_channels, blocks, shape.d_state, *strides),
-        N=shape.padded,
-        CHANNELS=channels,
-        num_warps=4,
+    given = (x, dt, z, out, A, B, C, D, dt_bias, cached, slots)
+    state_step[shape.grid(lanes, len(x))](
+        *given, *shape.geometry(lanes), *strides, N=shape.padded, CHANNELS=2 * lanes, num_warps=4
     )
     if cached is not states:
         states.copy_(cached)
@@ -203,12 +187,18 @@ class _Shape:
         """Whether some lanes or rows of a tile are of no channel or state."""
         return self.head_channels % (2 * lanes) != 0 or self.d_state != self.padded
 
-    def chunk(self, warps: int, warps_per_sm: int, device: torch.device) -> int:
-        """Tokens in a chunk, about, so that the GPU is full; each of equal sequences is cut into equal chunks.
+    def geometry(self, lanes: int) -> tuple[int, int, int, int]:
+        """What kernels are told: channels, channels of a head, programs for these, d_state."""
+        return self.channels, self.head_channels, -(-self.head_channels // (2 * lanes)), self.d_state
 
-        `warps` are those that scan a chunk.
-        """
-        wanted = max(1, warps_per_sm * _multiprocessors(device) // warps)
+    def grid(self, lanes: int, slots: int) -> tuple[int, int]:
+        """Programs for a chunk, or for a request, and how many there may be of these."""
+        return self.heads * -(-self.head_channels // (2 * lanes)), slots
+
+    def chunk(self, how: ScanLaunch, device: torch.device) -> int:
+        """Tokens in a chunk, about, so that the GPU is full; each of equal sequences is cut into equal chunks."""
+        warps = self.grid(self.lanes(how.warps), 1)[0] * how.warps
+        wanted = max(1, how.warps_per_sm * _multiprocessors(device) // warps)
         size, mean = max(SHORTEST_CHUNK, self.tokens // wanted), -(-self.tokens // self.sequences)
         if 2 * mean < 3 * size:
             return max(size, mean)
