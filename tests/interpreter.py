@@ -2,6 +2,8 @@
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import numpy as np
@@ -31,3 +33,19 @@ def patch_interpreter() -> None:
         return interpreter.TensorHandle(bits, dst_type.scalar)
 
     interpreter._patch_lang_tensor, interpreter.InterpreterBuilder.cast_impl = patched, rounded
+
+
+@contextmanager
+def programs_backwards() -> Iterator[None]:
+    """Within it a kernel's programs run from the last to the first: GPUs promise no order."""
+    import triton.runtime.interpreter as interpreter
+
+    builder = interpreter.InterpreterBuilder
+    forwards = builder.set_grid_idx
+    builder.set_grid_idx = lambda self, *at: forwards(
+        self, *(size - 1 - i for size, i in zip(self.grid_dim, at, strict=True))
+    )
+    try:
+        yield
+    finally:
+        builder.set_grid_idx = forwards

@@ -1,9 +1,10 @@
 """What Triton's interpreter is asked about the kernels of ops: where they differ from the references."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
-from interpreter import patch_interpreter
+from interpreter import patch_interpreter, programs_backwards
 
 from megatron_ssm_tp.ops import reference
 
@@ -21,6 +22,7 @@ class Case:
     gap: int = 0
     slot_gap: int = 0
     steady: bool = False  # little is forgotten
+    backwards: bool = False  # the order of a kernel's programs
     seed: int = 0
     how: dict = field(default_factory=dict)
 
@@ -85,7 +87,9 @@ def _compare(case: Case, given: Inputs, kernel, truth) -> str:
     before = {name: t.clone() for name, t in given.tokens.items()}
     base = given.states
     expected_states = base.clone()
-    y, expected = kernel(base), truth(expected_states)
+    with programs_backwards() if case.backwards else nullcontext():
+        y = kernel(base)
+    expected = truth(expected_states)
     unit = 2 * torch.finfo(case.dtype).eps if case.dtype != torch.float32 else 0.0
     state_unit = 2 * torch.finfo(case.state_dtype).eps if case.state_dtype != torch.float32 else 0.0
     problem = _differ("y", y, expected, unit)

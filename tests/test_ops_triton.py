@@ -48,7 +48,9 @@ def test_wide_states(interpreted, d_state):
 @pytest.mark.parametrize("steady", [True, False])
 def test_many_chunks_and_states_that_last(interpreted, steady):
     """States that outlive all chunks, and such that are gone before a chunk ends."""
-    assert interpreted(jobs.compare_scan, Case((75,), 6, steady=steady, how={"chunk": 16})) == ""
+    for backwards in (False, True):
+        case = Case((45, 2), 6, steady=steady, backwards=backwards, how={"chunk": CHUNK})
+        assert interpreted(jobs.compare_scan, case) == ""
 
 
 def test_states_of_16_bits(interpreted):
@@ -90,12 +92,13 @@ def test_steps(interpreted, requests, shape, d_state, dtype, gap):
     bias=st.booleans(),
     dtype=dtypes,
     gap=st.sampled_from([0, 3]),
+    backwards=st.booleans(),
     tokens=st.sampled_from([4, CHUNK]),
 )
 def test_packed_prompts_are_convolved_as_by_the_reference(
-    interpreted, lengths, channels, width, bias, dtype, gap, tokens
+    interpreted, lengths, channels, width, bias, dtype, gap, backwards, tokens
 ):
-    case = Case(tuple(lengths), channels, dtype=dtype, gap=gap, slot_gap=gap, seed=sum(lengths))
+    case = Case(tuple(lengths), channels, dtype=dtype, gap=gap, slot_gap=gap, backwards=backwards, seed=sum(lengths))
     assert interpreted(jobs.compare_conv, case, width, bias, (tokens, 16, 1)) == ""
     steps = Case((1,) * len(lengths), channels, dtype=dtype, state_dtype=dtype, gap=gap, slot_gap=gap)
     assert interpreted(jobs.compare_conv_step, steps, width, bias) == ""
