@@ -12,7 +12,7 @@ from megatron_ssm_tp import UserError
 from megatron_ssm_tp.comm import collectives, quantize
 from megatron_ssm_tp.comm.autocast import allreduce_autocast, recipe_of
 from megatron_ssm_tp.comm.mappings import reduce_from_tensor_model_parallel_region
-from megatron_ssm_tp.comm.quantize import Layout
+from megatron_ssm_tp.comm.payload import Layout
 from megatron_ssm_tp.comm.recipes import AllReduceRecipe, Int4BlockScaling, Int8BlockScaling
 
 SITE = "decoder.layers.0.mixer.out_proj"

@@ -3,18 +3,19 @@
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from comm_jobs import ALWAYS_ONE_SHOT, ALWAYS_TWO_SHOT, contribution, kernels
 
+from megatron_ssm_tp import UserError
 from megatron_ssm_tp.comm import collectives
-from megatron_ssm_tp.comm.recipes import AllReduceRecipe
+from megatron_ssm_tp.comm.recipes import AllReduceRecipe, Int8BlockScaling
 from megatron_ssm_tp.comm.tuning import Launch
 from megatron_ssm_tp.comm.workspace import EXACT_VALUES, FLAGS, Workspace
-from megatron_ssm_tp.layers.norm import rms_normalize
+from megatron_ssm_tp.ops.norm import rms_normalize
 
 
 class Call(NamedTuple):
@@ -29,7 +30,7 @@ class Call(NamedTuple):
 
 
 @lru_cache
-def workspace(directory: Path, codes_bytes: int, patience: int = 1 << 20) -> Workspace:
+def workspace(directory: Path, codes_bytes: int, patience: int = 1 << 14) -> Workspace:
     """A workspace of all ranks, whose buffers are files of `directory`."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     size = 2 * Workspace.bytes_of_half(ranks, codes_bytes)
@@ -41,9 +42,9 @@ def workspace(directory: Path, codes_bytes: int, patience: int = 1 << 20) -> Wor
     dist.barrier()
     files = [str(directory / str(peer)) for peer in range(ranks)]
     memory = [torch.UntypedStorage.from_file(file, shared=True, nbytes=size + 2 * FLAGS * 4) for file in files]
-    buffers = torch.tensor([storage.data_ptr() for storage in memory])
+    buffers = tuple(storage.data_ptr() for storage in memory)
     counters = torch.zeros(2, dtype=torch.int32)
-    return Workspace(rank, ranks, buffers, buffers + size, counters, patience, memory, codes_bytes)
+    return Workspace(rank, ranks, buffers, tuple(b + size for b in buffers), counters, patience, memory, codes_bytes)
 
 
 def _launch_module():
@@ -116,3 +117,114 @@ def lost_peer(directory: Path, recipe: AllReduceRecipe, launch: Launch) -> str:
     except BaseException as error:
         return f"{type(error).__name__}: {error} {error.__cause__}"
     return "no error"
+
+
+# --- The host's side, without the interpreter -----------------------------------------------------------------------
+
+
+def reasons_without_buffers(case: str) -> list[str]:
+    """Why a group gets no buffers when one rank fails: asked twice, by the group's first call and by its second."""
+    from unittest import mock
+
+    from megatron_ssm_tp.comm import symmetric
+
+    group, last = dist.new_group(list(range(dist.get_world_size()))), dist.get_rank() == dist.get_world_size() - 1
+    x = mock.Mock(is_cuda=True, dtype=torch.bfloat16, device=mock.Mock(index=0))
+    replaced = {"_what_is_missing": lambda: "", "_zeros": lambda ranks: torch.zeros(1), "_rendezvous": _no_rendezvous}
+    if case == "no memory" and last:
+        replaced["_zeros"] = mock.Mock(side_effect=RuntimeError("out of memory\nand more"))
+    elif case == "no triton" and last:
+        replaced["_what_is_missing"] = lambda: "a rank has no triton"
+    elif case == "two hosts":
+        replaced["socket"] = mock.Mock(gethostname=lambda: f"node{dist.get_rank()}")
+    with (
+        mock.patch.multiple(symmetric, **replaced),
+        mock.patch("torch.cuda.is_current_stream_capturing", lambda: False),
+        mock.patch("torch.cuda.current_device", lambda: 0),
+    ):
+        found = [symmetric.supports(x, group, Int8BlockScaling()) for _ in range(2)]
+    assert not any(ok for ok, _ in found)
+    return [reason for _, reason in found]
+
+
+def _no_rendezvous(group: dist.ProcessGroup, memory: torch.Tensor, timeout_s: float) -> None:
+    raise RuntimeError("no peer access")
+
+
+def illegal_columns() -> list[str]:
+    """What both backends say to more exact columns than there are."""
+    from megatron_ssm_tp.comm.backends import BACKENDS
+
+    said = []
+    for backend in BACKENDS.values():
+        try:
+            backend.all_reduce(torch.ones(2, 4), dist.group.WORLD, Int8BlockScaling(), exact_columns=5)
+        except UserError as error:
+            said.append(str(error))
+    assert len(said) == len(BACKENDS) > 1
+    return said
+
+
+def supported_under_capture() -> tuple[bool, str]:
+    from unittest import mock
+
+    from megatron_ssm_tp.comm import symmetric
+
+    group = dist.new_group(list(range(dist.get_world_size())))
+    x = mock.Mock(is_cuda=True, dtype=torch.bfloat16, device=mock.Mock(index=0))
+    with (
+        mock.patch("torch.cuda.is_current_stream_capturing", lambda: True),
+        mock.patch("torch.cuda.current_device", lambda: 0),
+    ):
+        return symmetric.supports(x, group, Int8BlockScaling())
+
+
+def fused_errors() -> list[str]:
+    from megatron_ssm_tp.comm.fused import all_reduce_add_norm
+
+    x, said = torch.ones(2, 4), []
+    for residual, weight in [
+        (x, torch.ones(4, requires_grad=True)),
+        (torch.ones(2, 3), torch.ones(4)),
+        (x, torch.ones(3)),
+    ]:
+        try:
+            all_reduce_add_norm(x, residual, weight, 1e-5, dist.group.WORLD, Int8BlockScaling())
+        except UserError as error:
+            said.append(str(error))
+    return said
+
+
+def compile_for_hopper(kernel: str, shape: dict, ones: dict[str, int]) -> Any:
+    """A kernel of symmetric_triton.py as it would be launched on bfloat16 tensors."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from megatron_ssm_tp.comm import symmetric_triton
+    from megatron_ssm_tp.comm.tile_steps import Shape
+
+    default = {"rank": 0, "ranks": 2, "block_size": 128, "tile_blocks": 16, "blocks": 16, "contiguous": True}
+    flags = {"ragged": False, "flagged": True, "split": False, "add_norm": False, "exact": False, "threads": 256}
+    whole = Shape(**default | flags | shape)
+    function = getattr(symmetric_triton, kernel)
+    constants = {"S": whole, "EXACT_TILE": symmetric_triton.EXACT_TILE} | ones
+
+    def type_of(name: str) -> object:
+        if name in constants:
+            return "constexpr"
+        if name in ("buffers", "flags"):
+            return ("i64",) * whole.ranks
+        if name.endswith("_ptr"):
+            return "*i32" if name == "counters_ptr" else "*bf16"
+        return "fp32" if name == "eps" else "i32"
+
+    names = function.arg_names
+    source = ASTSource(
+        function,
+        {name: type_of(name) for name in names},
+        {(names.index(name),): value for name, value in constants.items()},
+        {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name.endswith(("_ptr", "_stride"))},
+    )
+    options = {"num_warps": whole.threads // 32, "enable_fp_fusion": False}
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)

@@ -121,7 +121,7 @@ def test_the_add_norm_kernel_is_its_reference():
 
 def test_a_seed_is_the_same_calls():
     def drawn(seed: int) -> list:
-        rng, choices = Random(seed), Choices(2, ("collective", "auto"), fused=True)
+        rng, choices = Random(seed), Choices(2, ("collective", "auto"))
         return [choices.draw(rng, 1 << 24) for _ in range(300)]
 
     calls = drawn(1)

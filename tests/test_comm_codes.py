@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_ssm_tp.comm.codes import decode_blocks, encode_blocks, limits, rounding_bound
-from megatron_ssm_tp.comm.quantize import Layout, decode_sum, encode
+from megatron_ssm_tp.comm.payload import Layout
+from megatron_ssm_tp.comm.quantize import decode_sum, encode
 from megatron_ssm_tp.comm.recipes import Bf16, Float8BlockScaling, Int4BlockScaling, Int8BlockScaling
 
 QUANTIZING = [Int8BlockScaling(16), Float8BlockScaling(16), Int4BlockScaling(16)]

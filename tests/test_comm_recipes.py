@@ -52,7 +52,7 @@ def test_recipes_are_found_by_name_and_frozen():
         (lambda: Int8BlockScaling(block_size=True), ("block_size=True",)),
         (lambda: Int4BlockScaling(block_size=128.0), ("block_size=128.0",)),
         (lambda: Bf16(min_bytes=-1), ("min_bytes=-1", "integers from 0")),
-        (lambda: Float8BlockScaling(backend="nccl"), ("backend='nccl'", "auto, collective")),
+        (lambda: Float8BlockScaling(backend="nccl"), ("backend='nccl'", "auto, symmetric, collective")),
         (lambda: recipe_by_name("int3"), ("recipe='int3'", "none, bf16, int8, fp8, int4")),
         (lambda: recipe_by_name("int8", blocksize=2), ("blocksize", "block_size, min_bytes, backend")),
         (lambda: recipe_by_name("none", blocksize=2), ("blocksize",)),

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_ssm_tp.comm.quantize import Layout
+from megatron_ssm_tp.comm.payload import Layout
 from megatron_ssm_tp.comm.recipes import Float8BlockScaling, Int4BlockScaling, Int8BlockScaling
 
 pytest.importorskip("triton")

@@ -1,8 +1,6 @@
 """The ways to sum a tensor over ranks that bench_allreduce.py times, and what each must give."""
 
 from collections.abc import Callable, Iterator
-from importlib import import_module
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -11,6 +9,7 @@ from add_norm import add_norm
 from measure import prepare_symmetric
 
 from megatron_ssm_tp.comm import backends
+from megatron_ssm_tp.comm.fused import all_reduce_add_norm
 from megatron_ssm_tp.comm.recipes import RECIPE_NAMES, recipe_by_name
 
 KINDS = ("nccl", "symm_mem", "collective", "symmetric", "fused")
@@ -85,8 +84,8 @@ class Ways:
         reason = prepare_symmetric([self.group], device, timeout_s) if wanted else ""
         if "symmetric" in kinds and reason:
             self.missing["symmetric"] = reason
-        if "fused" in kinds and (reason or find_spec("megatron_ssm_tp.comm.fused") is None):
-            self.missing["fused"] = reason or "not part of this installation"
+        if "fused" in kinds and reason:
+            self.missing["fused"] = reason
         if "symm_mem" in kinds:
             self.shared = self._shared(values, device)
 
@@ -124,11 +123,10 @@ class Ways:
         name = f"{dist.get_backend()}, add-norm kernel"
         yield Way(name, lambda: add_norm(self._plain(case), case.residual, case.weight, EPS), case.restore, rival=True)
         if "fused" not in self.missing:
-            reduce = import_module("megatron_ssm_tp.comm.fused").all_reduce_add_norm
             for name in RECIPES:
                 recipe = recipe_by_name(name, block_size=self.block_size, backend="symmetric")
                 arguments = (case.x, case.residual, case.weight, EPS, self.group, recipe)
-                yield Way(f"{name} fused", lambda arguments=arguments: reduce(*arguments))
+                yield Way(f"{name} fused", lambda arguments=arguments: all_reduce_add_norm(*arguments))
 
     def _plain(self, case: Case) -> torch.Tensor:
         dist.all_reduce(case.buffer, group=self.group)

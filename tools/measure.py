@@ -6,7 +6,6 @@ import os
 import subprocess
 from collections.abc import Callable
 from datetime import date, timedelta
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
@@ -16,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_ssm_tp.cli.console import is_speaker
-from megatron_ssm_tp.comm.backends import BACKENDS
+from megatron_ssm_tp.comm import symmetric
 from megatron_ssm_tp.errors import UserError
 from megatron_ssm_tp.ranks import lost_peers_reported
 
@@ -58,11 +57,9 @@ def prepare_symmetric(groups: list[dist.ProcessGroup], device: torch.device, tim
     Returns:
         Why it cannot be used, the same on every rank; empty if it can.
     """
-    if "symmetric" not in BACKENDS:
-        return "not part of this installation"
     if device.type != "cuda":
         return "needs GPUs"
-    symmetric, reason = import_module("megatron_ssm_tp.comm.symmetric"), ""
+    reason = ""
     try:
         for group in groups:
             symmetric.prepare(group, timeout_s=timeout_s)

@@ -19,7 +19,6 @@ import sys
 import threading
 from collections import Counter
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from random import Random
 from time import monotonic
 from typing import NamedTuple
@@ -247,18 +246,14 @@ def soak(args: argparse.Namespace, device: torch.device) -> Report:
     groups, rank = make_groups(), dist.get_rank()
     missing = prepare_symmetric([group for ranks, group in groups if rank in ranks], device, args.timeout_s)
     there = [name for name in BACKENDS if name != "symmetric" or not missing]
-    fused = find_spec("megatron_ssm_tp.comm.fused") is not None
     say(f"{in_words(conditions(device))}; seed {args.seed}, {len(groups)} groups")
-    say("".join(f"Without {what}.\n" for what in _absent(missing, fused)))
+    if missing:
+        say(f"Without symmetric ({missing}).\n")
     names = tuple(args.backends or ("auto", *there))
-    choices = Choices(len(groups), names, tuple(args.block_sizes), fused=fused)
+    choices = Choices(len(groups), names, tuple(args.block_sizes))
     most = args.max_values or (1 << 24 if device.type == "cuda" else 1 << 16)
     dist.barrier()
     return Soak(choices, groups, device, args.seed, most).run(args.minutes * 60, args.calls)
-
-
-def _absent(missing: str, fused: bool) -> list[str]:
-    return [f"symmetric ({missing})"] * bool(missing) + ["fused calls (not part of this installation)"] * (not fused)
 
 
 def kill_later(seconds: float) -> float:

@@ -5,19 +5,20 @@ Every rank draws the same calls and makes the inputs of all ranks, so that it kn
 
 import math
 from dataclasses import dataclass, replace
-from importlib import import_module
 from random import Random
 
 import torch
 import torch.distributed as dist
 
-from megatron_ssm_tp.comm import backends
+from megatron_ssm_tp.comm import backends, symmetric
 from megatron_ssm_tp.comm.codes import bound_of_sum
+from megatron_ssm_tp.comm.fused import all_reduce_add_norm
 from megatron_ssm_tp.comm.recipes import DTYPES, RECIPE_NAMES, AllReduceRecipe, recipe_by_name
+from megatron_ssm_tp.comm.tuning import Launch
 
 EPS = 1e-5
 FORMATS = tuple(name for name in RECIPE_NAMES if name != "none")
-_FUSED_COLUMNS = (256, 1000, 1536, 2560, 4096)
+_FUSED_COLUMNS = (256, 512, 1000, 1536, 2560, 4096, 5120, 8192)
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Call:
         specials: places that are NaN or Inf on some ranks.
         magnitude: of the values.
         fused: all_reduce_add_norm instead.
+        launch: of the symmetric backend, instead of its table's.
     """
 
     group: int
@@ -41,6 +43,7 @@ class Call:
     specials: int = 0
     magnitude: float = 1.0
     fused: bool = False
+    launch: Launch | None = None
 
     @property
     def kind(self) -> tuple[str, str, str]:
@@ -49,13 +52,12 @@ class Call:
 
 @dataclass(frozen=True)
 class Choices:
-    """What calls are drawn from: groups 0 .. groups - 1, backends, block sizes, dtypes; `fused` if that is there."""
+    """What calls are drawn from: groups 0 .. groups - 1, backends, block sizes, dtypes."""
 
     groups: int
     backends: tuple[str, ...]
     block_sizes: tuple[int, ...] = (128, 32)
     dtypes: tuple[torch.dtype, ...] = DTYPES
-    fused: bool = False
 
     def draw(self, rng: Random, most_values: int) -> Call:
         """A call of up to that many values, their number's logarithm evenly spread."""
@@ -70,7 +72,7 @@ class Choices:
             specials=rng.randint(1, 5) if rng.random() < 0.1 else 0,
             magnitude=2.0 ** rng.randint(-8, 3),  # eight ranks' sums stay within float16
         )
-        if self.fused and rng.random() < 0.25:
+        if rng.random() < 0.25:
             columns = rng.choice([size for size in _FUSED_COLUMNS if size <= most_values] or [1])
             return replace(call, rows=max(1, call.columns // columns), columns=columns, stride=columns, fused=True)
         if rng.random() < 0.75:
@@ -79,7 +81,14 @@ class Choices:
             call = replace(call, rows=call.columns // columns, columns=columns)
         gap = rng.choice([1, 8, 37, 64]) if rng.random() < 0.25 else 0
         exact = rng.randint(1, min(16, call.columns - 1)) if call.columns > 1 and rng.random() < 0.2 else 0
-        return replace(call, stride=call.columns + gap, exact_columns=exact)
+        call = replace(call, stride=call.columns + gap, exact_columns=exact)
+        return replace(call, launch=_launch(rng)) if backend == "symmetric" and rng.random() < 0.5 else call
+
+
+def _launch(rng: Random) -> Launch:
+    """Any legal one: all ways are to work at any size."""
+    way, chunk = rng.choice(("words", "one-shot", "split", "two-shot")), rng.choice((1, 2, 4))
+    return Launch(way, rng.choice((512, 2048)), rng.choice((4, 8)), rng.choice((0, 64, 264)), chunk)
 
 
 class Prepared:
@@ -106,7 +115,9 @@ class Prepared:
         kept = call.columns - call.exact_columns
         values = [x[:, :kept] for x in contributions]
         self.exact = sum(x.double() for x in values)
-        self.bound = bound_of_sum(values, call.recipe, two_shot=len(self.ranks) > 2)  # of two ranks none goes two-shot
+        # Of two ranks none goes two-shot by itself.
+        two_shot = call.launch.way == "two-shot" if call.launch else len(self.ranks) > 2
+        self.bound = bound_of_sum(values, call.recipe, two_shot)
         total = contributions[0][:, kept:].float()
         for x in contributions[1:]:
             total = total + x[:, kept:].float()
@@ -119,9 +130,12 @@ class Prepared:
     def run(self) -> tuple[torch.Tensor, ...]:
         """The call: its result, one tensor or (new residual, normed)."""
         call = self.call
+        if call.launch is not None:
+            options = {"exact_columns": call.exact_columns, "launch": call.launch}
+            return (symmetric.all_reduce(self.x, self.group, call.recipe, **options),)
         if not call.fused:
             return (backends.all_reduce(self.x, self.group, call.recipe, exact_columns=call.exact_columns),)
-        return _fused(self.x, self.residual, self.weight, EPS, self.group, call.recipe)
+        return all_reduce_add_norm(self.x, self.residual, self.weight, EPS, self.group, call.recipe)
 
     def off(self, result: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """The largest error over its bound, float64 []: above 1 is wrong."""
@@ -187,7 +201,3 @@ def _unequal(found: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
     """float64 []: 0 if they are equal, NaN to NaN, or else Inf."""
     same = ((found == expected) | (found.isnan() & expected.isnan())).all()
     return torch.where(same, 0.0, torch.inf).double()
-
-
-def _fused(*arguments: object) -> tuple[torch.Tensor, torch.Tensor]:
-    return import_module("megatron_ssm_tp.comm.fused").all_reduce_add_norm(*arguments)

@@ -28,7 +28,9 @@ from megatron_ssm_tp.comm.tuning import TABLE, Launch, Row, table, write
 WORDS_AT_MOST = 1 << 20
 TOGETHER_AT_LEAST = 1 << 17
 TOGETHER_AT_MOST = 1 << 24
-SPLIT_AT_LEAST = 1 << 20
+SPLIT_AT_LEAST = 1 << 22
+# Tile, warps, registers and programs of a role on each multiprocessor: as many as run at a time, or a few less.
+SPLITS = ((2048, 4, 0, (2, 4)), (2048, 4, 80, (2, 3)), (2048, 4, 64, (3, 4)), (2048, 8, 64, (2,)), (4096, 8, 64, (2,)))
 
 
 def candidates(ranks: int, recipe: AllReduceRecipe, values: int) -> Iterator[Launch]:
@@ -42,22 +44,24 @@ def candidates(ranks: int, recipe: AllReduceRecipe, values: int) -> Iterator[Lau
             yield from _by_programs(Launch("one-shot", tile, warps), values // tile, (2, 4))
     if sent >= SPLIT_AT_LEAST:
         for way in ("split",) if ranks == 2 else ("split", "two-shot"):
-            for tile, warps in ((2048, 4), (4096, 8)):
-                for chunk in (2, 4, 8):
-                    yield from _by_programs(Launch(way, tile, warps, chunk=chunk), values // (tile * chunk), (2, 3))
+            for tile, warps, registers, programs in SPLITS:
+                for chunk in (4, 8):
+                    launch = Launch(way, tile, warps, chunk=chunk, registers=registers)
+                    yield from _by_programs(launch, values // (tile * chunk), programs)
 
 
 def fused_candidates(ranks: int, recipe: AllReduceRecipe, rows: int, columns: int) -> Iterator[Launch]:
     sent = recipe.bytes_of(rows * columns) * (ranks - 1)
-    for warps in (8, 16):
+    for warps, registers in ((8, 0), (16, 0), (8, 64), (16, 64)):
         if sent <= WORDS_AT_MOST:
-            yield Launch("words", columns, warps)
+            yield Launch("words", columns, warps, registers=registers)
         if TOGETHER_AT_LEAST <= sent <= TOGETHER_AT_MOST:
-            yield from _by_programs(Launch("one-shot", columns, warps), rows, (2,))
+            yield from _by_programs(Launch("one-shot", columns, warps, registers=registers), rows, (2, 4))
         if sent >= SPLIT_AT_LEAST:
             for way in ("split",) if ranks == 2 else ("split", "two-shot"):
                 for chunk in (2, 4, 8):
-                    yield from _by_programs(Launch(way, columns, warps, chunk=chunk), rows // chunk, (2, 3))
+                    launch = Launch(way, columns, warps, chunk=chunk, registers=registers)
+                    yield from _by_programs(launch, rows // chunk, (1, 2))
 
 
 def _by_programs(launch: Launch, tiles: int, a_processor: tuple[int, ...]) -> Iterator[Launch]:

@@ -1,5 +1,6 @@
 """Who carries a quantized all-reduce: the first backend, in order, that can."""
 
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -37,12 +38,13 @@ def choose(x: torch.Tensor, group: dist.ProcessGroup, recipe: AllReduceRecipe) -
     names = list(BACKENDS) if recipe.backend == "auto" else [recipe.backend]
     reason = ""
     for name in names:
-        if name not in BACKENDS:
-            reason = "is not part of this installation"
-            continue
-        ok, reason = BACKENDS[name].supports(x, group, recipe)
+        ok, refused = BACKENDS[name].supports(x, group, recipe)
         if ok:
+            if reason and x.is_cuda and group.size() > 1 and group.rank() == 0:
+                # Once for each reason. Slower than a plain all-reduce where links are fast: nobody should wonder why.
+                warnings.warn(f"all-reduces are quantized by the backend {name!r}: {reason}", stacklevel=2)
             return BACKENDS[name]
+        reason = refused
     raise UserError("backend", recipe.backend, f"cannot reduce this: {reason}", f"auto, {', '.join(BACKENDS)}")
 
 

@@ -16,9 +16,9 @@ one kind, or all on CPUs.
 import torch
 import torch.distributed as dist
 
-from ..errors import UserError
-from .quantize import Layout, decode_sum, encode, sum_and_encode
-from .recipes import DTYPES, AllReduceRecipe, legal_dtypes
+from .payload import Layout
+from .quantize import decode_sum, encode, sum_and_encode
+from .recipes import AllReduceRecipe
 
 ONE_SHOT_EXTRA_BYTES = 1 << 18  # what a collective's launch is worth: some 10 us at 25 GB/s
 
@@ -46,53 +46,66 @@ def all_reduce(
     Raises:
         UserError: the dtype, the group or exact_columns is not legal.
     """
-    _check(x, group, recipe, exact_columns)
+    recipe.check(x, group, exact_columns)
     p = group.size()
     if p == 1 or x.numel() == 0:
         return x.clone(memory_format=torch.contiguous_format)
-    kept = x.shape[-1] - exact_columns if x.dim() else 1
-    values, exact = (x[..., :kept], x[..., kept:]) if exact_columns else (x, x.new_empty(0))
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    out_values = out[..., :kept] if exact_columns else out
-    extra = recipe.bytes_of(values.numel()) * (p - 1) * (p - 2) // p
-    reduce = _one_shot if extra <= one_shot_extra_bytes else _two_shot
-    sums = reduce(values, exact, group, recipe, out_values)
-    if exact_columns:
-        out[..., kept:] = sums.view(exact.shape)
+    columns = x.shape[-1] if x.dim() else 1
+    x, rows_out = x.reshape(-1, columns), out.view(-1, columns)
+    code_bytes = recipe.bytes_of(x.shape[0] * (columns - exact_columns))
+    if code_bytes * (p - 1) * (p - 2) // p > one_shot_extra_bytes:
+        _two_shot(x, exact_columns, group, recipe, rows_out)
+    else:
+        _one_shot(x, exact_columns, group, recipe, rows_out)
     return out
 
 
+def _cut(x: torch.Tensor, exact_columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of [rows, columns]: what is quantized, and what is not."""
+    return (x[:, :-exact_columns], x[:, -exact_columns:]) if exact_columns else (x, x[:0])
+
+
 def _one_shot(
-    values: torch.Tensor, exact: torch.Tensor, group: dist.ProcessGroup, recipe: AllReduceRecipe, out: torch.Tensor
-) -> torch.Tensor:
-    """Fills `out`; returns the exact values' sums."""
+    x: torch.Tensor, exact_columns: int, group: dist.ProcessGroup, recipe: AllReduceRecipe, out: torch.Tensor
+) -> None:
+    """Fills `out` [rows, columns]."""
+    values, exact = _cut(x, exact_columns)
     layout = Layout(recipe, values.numel(), 1, exact.numel() * exact.element_size())
     payload = encode(values, layout)
-    layout.exact(payload, exact.dtype).copy_(exact.reshape(1, -1))
+    if exact_columns:
+        layout.exact(payload, exact.dtype).copy_(exact.reshape(1, -1))
     gathered = payload.new_empty(group.size(), layout.part_bytes)
     dist.all_gather_into_tensor(gathered, payload, group=group)
-    decode_sum(gathered.unsqueeze(1), layout, out)
-    return _sum_exact(layout.exact(gathered, exact.dtype))
+    values, exact = _cut(out, exact_columns)
+    decode_sum(gathered.unsqueeze(1), layout, values)
+    if exact_columns:
+        exact.copy_(_sum_exact(layout.exact(gathered, exact.dtype)).view(exact.shape))
 
 
 def _two_shot(
-    values: torch.Tensor, exact: torch.Tensor, group: dist.ProcessGroup, recipe: AllReduceRecipe, out: torch.Tensor
-) -> torch.Tensor:
-    """Fills `out`; returns the exact values' sums."""
-    p = group.size()
+    x: torch.Tensor, exact_columns: int, group: dist.ProcessGroup, recipe: AllReduceRecipe, out: torch.Tensor
+) -> None:
+    """Fills `out` [rows, columns]."""
+    p, (values, exact) = group.size(), _cut(x, exact_columns)
     exact_a_part = -(-exact.numel() // p)
     layout = Layout(recipe, values.numel(), p, exact_a_part * exact.element_size())
     payload = encode(values, layout)
-    padded = torch.cat([exact.reshape(-1), exact.new_zeros(p * exact_a_part - exact.numel())])
-    layout.exact(payload, exact.dtype).copy_(padded.view(p, -1))
+    if exact_columns:
+        padded = torch.cat([exact.reshape(-1), exact.new_zeros(p * exact_a_part - exact.numel())])
+        layout.exact(payload, exact.dtype).copy_(padded.view(p, -1))
     received = torch.empty_like(payload)
     dist.all_to_all_single(received, payload, group=group)
     summed = sum_and_encode(received.unsqueeze(1), layout.one_part())
-    layout.exact(summed, exact.dtype).copy_(_sum_exact(layout.exact(received, exact.dtype)).unsqueeze(0))
+    if exact_columns:
+        sums = _sum_exact(layout.exact(received, exact.dtype))
+        layout.exact(summed, exact.dtype).copy_(sums.unsqueeze(0))
     gathered = torch.empty_like(payload)
     dist.all_gather_into_tensor(gathered, summed, group=group)
-    decode_sum(gathered.unsqueeze(0), layout, out)
-    return layout.exact(gathered, exact.dtype).flatten()[: exact.numel()]
+    values, exact = _cut(out, exact_columns)
+    decode_sum(gathered.unsqueeze(0), layout, values)
+    if exact_columns:
+        exact.copy_(layout.exact(gathered, exact.dtype).flatten()[: exact.numel()].view(exact.shape))
 
 
 def _sum_exact(contributions: torch.Tensor) -> torch.Tensor:
@@ -101,14 +114,3 @@ def _sum_exact(contributions: torch.Tensor) -> torch.Tensor:
     for contribution in contributions[1:]:
         total = total + contribution.float()
     return total.to(contributions.dtype)
-
-
-def _check(x: torch.Tensor, group: dist.ProcessGroup, recipe: AllReduceRecipe, exact_columns: int) -> None:
-    if x.dtype not in DTYPES:
-        raise UserError("dtype", x.dtype, "cannot be reduced by a recipe", legal_dtypes())
-    ok, reason = recipe.supports(x.dtype, group)
-    if not ok:
-        raise UserError("group", group, reason, "a torch.distributed.ProcessGroup that this rank belongs to")
-    columns = x.shape[-1] if x.dim() else 1
-    if not 0 <= exact_columns < max(columns, 1):
-        raise UserError("exact_columns", exact_columns, f"x has {columns} columns", f"0 to {max(columns - 1, 0)}")

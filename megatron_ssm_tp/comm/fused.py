@@ -3,7 +3,8 @@
 import torch
 import torch.distributed as dist
 
-from ..layers.norm import rms_normalize
+from ..errors import UserError
+from ..ops.norm import rms_normalize
 from . import symmetric
 from .mappings import is_quantized, reduce_from_tensor_model_parallel_region
 from .recipes import AllReduceRecipe
@@ -35,10 +36,20 @@ def all_reduce_add_norm(
         The new residual stream [.., h] in residual's dtype, and its norm [.., h] in weight's dtype.
 
     Raises:
-        UserError: the recipe names a backend that cannot reduce this.
+        UserError: the recipe names a backend that cannot reduce this; shapes do not go together; gradients are wanted.
     """
+    _check(x, residual, weight)
     asked = is_quantized(x, group, recipe) and recipe.backend in ("auto", "symmetric")
     if asked and symmetric.fits(x, recipe) and symmetric.supports(x, group, recipe)[0]:
         return symmetric.all_reduce_add_norm(x, residual, weight, eps, group, recipe)
     stream = residual + reduce_from_tensor_model_parallel_region(x, group, recipe)
     return stream, weight * rms_normalize(stream.to(weight.dtype), eps)
+
+
+def _check(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> None:
+    if residual.shape != x.shape:
+        raise UserError("residual", tuple(residual.shape), "has another shape than x", f"{tuple(x.shape)}")
+    if weight.shape != x.shape[-1:]:
+        raise UserError("weight", tuple(weight.shape), "does not go with x's columns", f"{tuple(x.shape[-1:])}")
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, residual, weight)):
+        raise UserError("requires_grad", True, "there is no backward", "under torch.no_grad() or inference_mode()")

@@ -1,24 +1,17 @@
 """quantize.py's functions as Triton kernels. Imports Triton: imported where it is there, by quantize.py alone."""
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 
-from .quantize import Layout
-from .tiles import decode_tile, encode_tile
+from .kernel_calls import KernelCall, variant
+from .payload import Layout
+from .tiles import addresses, decode_tile, encode_tile
 
 _TILE = 2048  # values a program holds: 16 a thread
 _LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}  # without fusion the bits are those of the reference
-
-
-@triton.jit
-def addresses(blocks, row_length, row_stride, CONTIGUOUS: tl.constexpr, BLOCK_SIZE: tl.constexpr):
-    """Each value's place in the flattened tensor and in memory, int64 [BLOCKS, BLOCK_SIZE]."""
-    places = blocks[:, None].to(tl.int64) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]
-    if CONTIGUOUS:
-        return places, places
-    else:
-        return places, places // row_length * row_stride + places % row_length
 
 
 @triton.jit
@@ -156,23 +149,11 @@ def _sum_and_encode_kernel(
 
 def encode(x: torch.Tensor, layout: Layout) -> torch.Tensor:
     """quantize.encode."""
-    row_length, row_stride = row_strides(x) or (0, 0)
-    if not row_length:
-        x, row_length, row_stride = x.contiguous(), x.numel(), x.numel()
+    strides = row_strides(x)
+    if strides is None:
+        x, strides = x.contiguous(), (x.numel(), x.numel())
     payload = torch.empty(layout.parts, layout.part_bytes, dtype=torch.uint8, device=x.device)
-    _encode_kernel[_grid(layout)](
-        x,
-        *_codes_and_scales(payload),
-        layout.values,
-        row_length,
-        row_stride,
-        layout.parts * layout.blocks,
-        layout.blocks,
-        layout.part_bytes,
-        CONTIGUOUS=row_length == row_stride or row_length == layout.values,
-        BLOCK_SIZE=layout.recipe.block_size,
-        **_constants(layout),
-    )
+    _call(_encode_kernel, layout, 1, variant(x), strides)(x, *_codes_and_scales(payload))
     return payload
 
 
@@ -181,35 +162,47 @@ def decode_sum(payloads: torch.Tensor, layout: Layout, out: torch.Tensor) -> tor
     strides = row_strides(out)
     if strides is None:
         return out.copy_(decode_sum(payloads, layout, torch.empty(out.shape, dtype=out.dtype, device=out.device)))
-    _decode_sum_kernel[_grid(layout)](
-        *_codes_and_scales(payloads),
-        out,
-        layout.values,
-        *strides,
-        layout.parts * layout.blocks,
-        layout.blocks,
-        layout.part_bytes,
-        layout.parts * layout.part_bytes,
-        CONTIGUOUS=strides[0] == strides[1] or strides[0] == layout.values,
-        BLOCK_SIZE=layout.recipe.block_size,
-        RANKS=payloads.shape[0],
-        **_constants(layout),
-    )
+    call = _call(_decode_sum_kernel, layout, payloads.shape[0], variant(payloads, out), strides)
+    call(*_codes_and_scales(payloads), out)
     return out
 
 
 def sum_and_encode(payloads: torch.Tensor, layout: Layout) -> torch.Tensor:
     """quantize.sum_and_encode."""
     payload = torch.empty(1, layout.part_bytes, dtype=torch.uint8, device=payloads.device)
-    _sum_and_encode_kernel[_grid(layout)](
-        *_codes_and_scales(payloads),
-        *_codes_and_scales(payload),
-        layout.blocks,
-        layout.part_bytes,
-        RANKS=payloads.shape[0],
-        **_constants(layout),
-    )
+    call = _call(_sum_and_encode_kernel, layout, payloads.shape[0], variant(payloads))
+    call(*_codes_and_scales(payloads), *_codes_and_scales(payload))
     return payload
+
+
+@lru_cache(maxsize=1024)
+def _call(
+    kernel: object,
+    layout: Layout,
+    ranks: int,
+    tensors: tuple,
+    strides: tuple[int, int] = (0, 0),
+) -> KernelCall:
+    """A kernel's launch for payloads of `layout` and tensors of one `variant`, with rows of this length and stride."""
+    recipe, (row_length, row_stride) = layout.recipe, strides
+    blocks = layout.parts * layout.blocks
+    a_tile = max(1, _TILE // recipe.block_size)
+    arguments = {
+        "values": layout.values,
+        "row_length": row_length,
+        "row_stride": row_stride,
+        "all_blocks": blocks,
+        "blocks_per_part": layout.blocks,
+        "part_bytes": layout.part_bytes,
+        "rank_bytes": layout.parts * layout.part_bytes,
+        "CONTIGUOUS": row_length in (row_stride, layout.values),
+        "FORMAT": recipe.name,
+        "BLOCK_SIZE": recipe.block_size,
+        "BLOCK_BYTES": recipe.block_bytes,
+        "BLOCKS": a_tile,
+        "RANKS": ranks,
+    }
+    return KernelCall(kernel, triton.cdiv(blocks, a_tile), arguments, _LAUNCH)
 
 
 def row_strides(x: torch.Tensor) -> tuple[int, int] | None:
@@ -223,18 +216,5 @@ def row_strides(x: torch.Tensor) -> tuple[int, int] | None:
     return (rows.shape[1], rows.stride(0)) if rows.stride(1) == 1 else None
 
 
-def _grid(layout: Layout) -> tuple[int]:
-    return (triton.cdiv(layout.parts * layout.blocks, _tile_blocks(layout)),)
-
-
-def _tile_blocks(layout: Layout) -> int:
-    return max(1, _TILE // layout.recipe.block_size)
-
-
 def _codes_and_scales(payload: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return payload, payload.view(torch.float32)
-
-
-def _constants(layout: Layout) -> dict:
-    recipe = layout.recipe
-    return {"FORMAT": recipe.name, "BLOCK_BYTES": recipe.block_bytes, "BLOCKS": _tile_blocks(layout)} | _LAUNCH

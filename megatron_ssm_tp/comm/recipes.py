@@ -69,6 +69,18 @@ class AllReduceRecipe:
             return False, f"group {group!r} is no process group that this rank belongs to"
         return True, ""
 
+    def check(self, x: torch.Tensor, group: object, exact_columns: int = 0) -> None:
+        """Raises UserError, the same on every rank, unless x [.., h] can be reduced over `group` with so many of its
+        last columns as they are."""
+        if x.dtype not in DTYPES:
+            raise UserError("dtype", x.dtype, "cannot be reduced by a recipe", legal_dtypes())
+        ok, reason = self.supports(x.dtype, group)
+        if not ok:
+            raise UserError("group", group, reason, "a torch.distributed.ProcessGroup that this rank belongs to")
+        columns = x.shape[-1] if x.dim() else 1
+        if not 0 <= exact_columns < max(columns, 1):
+            raise UserError("exact_columns", exact_columns, f"x has {columns} columns", f"0 to {max(columns - 1, 0)}")
+
     def as_config(self) -> dict[str, Any]:
         """The payload under `configs:` of a recipe file that gives this recipe."""
         return {"recipe": self.name} | {field: getattr(self, field) for field in FIELDS}

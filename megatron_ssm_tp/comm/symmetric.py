@@ -2,8 +2,10 @@
 
 Each rank of a group has a buffer that its peers write into (torch's symmetric memory; NVLink multicast is not used).
 It is allocated once, by the group's first reduction or by `prepare`. Nothing waits on the host, so that calls can be
-captured in CUDA graphs, and graphs and eager calls of any sizes can follow each other: on one stream at a time for each
-group. A peer that does not answer within the group's timeout ends the process with a CUDA error.
+captured in CUDA graphs, and graphs and eager calls of any sizes can follow each other. A GPU's calls, of all its
+groups, belong on one stream, or on streams ordered alike on all ranks: as with NCCL's communicators, two groups'
+kernels that start in different orders on different ranks can wait for each other. A peer that does not answer within
+the group's timeout ends the process with a CUDA error.
 """
 
 import socket
@@ -34,9 +36,11 @@ def prepare(group: dist.ProcessGroup, timeout_s: float = TIMEOUT_S) -> None:
     Raises:
         UserError: the ranks do not share a node, or have no Triton or no peer access; or it was prepared before.
     """
-    if group in _workspaces:
+    found = _workspaces.get(group)
+    if isinstance(found, Workspace):
         raise UserError("group", group.group_name, "has its buffers already", "a group not reduced over before")
-    found = _workspaces[group] = _allocate(group, timeout_s)
+    if found is None:
+        found = _workspaces[group] = _allocate(group, timeout_s)
     if isinstance(found, str):
         raise UserError("group", group.group_name, found, "a group of GPUs of one node with peer access")
 
@@ -48,6 +52,10 @@ def supports(x: torch.Tensor, group: dist.ProcessGroup, recipe: AllReduceRecipe)
         return False, reason
     if not x.is_cuda:
         return False, f"x is on {x.device.type}, not on a GPU"
+    if group.size() == 1:
+        return True, ""  # nothing is sent
+    if x.device.index != torch.cuda.current_device():
+        return False, f"x is on {x.device}, not on the current GPU"
     found = _workspaces.get(group)
     if found is None:
         if torch.cuda.is_current_stream_capturing():
@@ -65,6 +73,7 @@ def all_reduce(
     launch: Launch | None = None,
 ) -> torch.Tensor:
     """As collectives.all_reduce, of what `supports` supports; `launch` is the table's if none is given."""
+    recipe.check(x, group, exact_columns)
     if group.size() == 1 or x.numel() == 0:
         return x.clone(memory_format=torch.contiguous_format)
     return _kernels().reduce(_workspace(group), x, recipe, exact_columns, launch)
@@ -102,22 +111,35 @@ def _kernels() -> ModuleType:
 
 
 def _allocate(group: dist.ProcessGroup, timeout_s: float) -> Workspace | str:
-    """A workspace, or why there can be none: the same on every rank."""
-    found: list[tuple[str, str]] = [("", "")] * group.size()
-    dist.all_gather_object(found, (socket.gethostname(), _what_is_missing()), group=group)
-    for _, missing in found:
-        if missing:
-            return missing
-    if len({host for host, _ in found}) > 1:
-        return "its ranks are on several nodes"
-    workspace, reason = None, ""
+    """A workspace, or why there can be none: the same on every rank.
+
+    What may fail on one rank alone is tried before the next collective, and its outcome exchanged.
+    """
+    memory, missing = None, ""
     try:
-        workspace = _rendezvous(group, timeout_s)
-    except RuntimeError as error:
-        reason = f"its GPUs cannot share memory: {str(error).splitlines()[0]}"
+        missing = _what_is_missing()
+        memory = None if missing else _zeros(group.size())
+    except Exception as error:  # whatever it is, the others must hear of it
+        missing = f"a rank cannot have the buffers: {_first_line(error)}"
+    found: list[tuple[str, str]] = [("", "")] * group.size()
+    dist.all_gather_object(found, (socket.gethostname(), missing), group=group)
+    reason = next((reason for _, reason in found if reason), "")
+    if not reason and len({host for host, _ in found}) > 1:
+        reason = "its ranks are on several nodes"
+    if reason:
+        return reason
+    workspace = None
+    try:
+        workspace = _rendezvous(group, memory, timeout_s)
+    except Exception as error:
+        reason = f"its GPUs cannot share memory: {_first_line(error)}"
     reasons = [""] * group.size()
-    dist.all_gather_object(reasons, reason, group=group)
+    dist.all_gather_object(reasons, reason, group=group)  # and nobody sends before everybody's flags are zero
     return next((reason for reason in reasons if reason), None) or workspace
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _what_is_missing() -> str:
@@ -130,17 +152,25 @@ def _what_is_missing() -> str:
     return ""
 
 
-def _rendezvous(group: dist.ProcessGroup, timeout_s: float) -> Workspace:
+def _zeros(ranks: int) -> torch.Tensor:
+    """This rank's buffer and flags."""
     from torch.distributed import _symmetric_memory as symmetric_memory
 
-    ranks, device = group.size(), torch.device("cuda", torch.cuda.current_device())
-    size = 2 * Workspace.bytes_of_half(ranks)
-    memory = symmetric_memory.empty(size + 2 * FLAGS * 4, dtype=torch.uint8, device=device)
-    memory[size:] = 0
-    handle = symmetric_memory.rendezvous(memory, group)
-    buffers = torch.tensor(list(handle.buffer_ptrs), dtype=torch.int64, device=device)
-    counters = torch.zeros(2, dtype=torch.int32, device=device)
+    size = 2 * Workspace.bytes_of_half(ranks) + 2 * FLAGS * 4
+    memory = symmetric_memory.empty(size, dtype=torch.uint8, device=torch.device("cuda", torch.cuda.current_device()))
+    memory.zero_()
     torch.cuda.synchronize()
-    dist.barrier(group)  # all flags are zero before anyone sets one
+    return memory
+
+
+def _rendezvous(group: dist.ProcessGroup, memory: torch.Tensor, timeout_s: float) -> Workspace:
+    """Exchange the addresses of all ranks' memory: collective."""
+    from torch.distributed import _symmetric_memory as symmetric_memory
+
+    handle = symmetric_memory.rendezvous(memory, group)
+    buffers, half_bytes = tuple(handle.buffer_ptrs), Workspace.bytes_of_half(group.size())
+    counters = torch.zeros(2, dtype=torch.int32, device=memory.device)
+    torch.cuda.synchronize()
     patience = min(int(timeout_s * POLLS_A_SECOND), 2**31 - 1)
-    return Workspace(group.rank(), ranks, buffers, buffers + size, counters, patience, (memory, handle))
+    flags = tuple(buffer + 2 * half_bytes for buffer in buffers)
+    return Workspace(group.rank(), group.size(), buffers, flags, counters, patience, (memory, handle))

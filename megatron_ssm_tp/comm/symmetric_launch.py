@@ -1,42 +1,35 @@
-"""Launches the kernels of symmetric_triton.py. Imports Triton: imported where it is there, by symmetric.py alone."""
+"""Launches the kernels of symmetric_triton.py. Imports Triton: imported where it is there, by symmetric.py alone.
+
+What a call is launched with depends on its shapes alone and is kept in the workspace: an eager call in the middle of a
+model costs the host no more than the GPU.
+"""
 
 from typing import Any
 
 import torch
 import triton
 
+from .kernel_calls import KernelCall, variant
 from .recipes import AllReduceRecipe
-from .symmetric_triton import EXACT_TILE, Shape, one_shot, two_shot
+from .symmetric_triton import EXACT_TILE, one_shot, two_shot
+from .tile_steps import Shape
 from .tuning import Launch, launch_for
 from .workspace import EXACT_SLOT_BYTES, FLAGS, Workspace
 
-Norm = tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]
+MOST_CALLS = 4096  # kept at a time: prompts of every length pass by
 
 
 def reduce(
     workspace: Workspace, x: torch.Tensor, recipe: AllReduceRecipe, exact_columns: int, how: Launch | None = None
 ) -> torch.Tensor:
     """symmetric.all_reduce over a workspace."""
-    columns = x.shape[-1] if x.dim() else 1
-    rows, kept = x.numel() // columns, columns - exact_columns
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    x = _as_rows(x.reshape(rows, columns))
-    geometry = {
-        "values": rows * kept,
-        "row_length": kept,
-        "x_stride": x.stride(0) if rows > 1 else columns,
-        "out_stride": columns,
-        "exact_columns": exact_columns,
-        "exact_values": rows * exact_columns,
-    }
-    how = how or launch_for(workspace.ranks, recipe, rows * kept)
-    _launch(workspace, recipe, how, max(1, how.tile // recipe.block_size), geometry, x, out)
+    columns = x.shape[-1] if x.dim() else 1
+    x = x.reshape(-1, columns)
+    if x.stride(1) != 1 and columns > 1:
+        x = x.contiguous()
+    _launch(workspace, recipe, exact_columns, how, x, (out, out, out, out))
     return out
-
-
-def _as_rows(x: torch.Tensor) -> torch.Tensor:
-    """[rows, columns], copied if its rows are not contiguous in themselves."""
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
 def reduce_add_norm(
@@ -51,58 +44,75 @@ def reduce_add_norm(
     """symmetric.all_reduce_add_norm over a workspace."""
     x, residual = x.contiguous(), residual.contiguous()
     out, normed = torch.empty_like(residual), torch.empty(x.shape, dtype=weight.dtype, device=x.device)
-    columns = x.shape[-1]
-    geometry = {
-        "values": x.numel(),
-        "row_length": columns,
-        "x_stride": columns,
-        "out_stride": columns,
-        "exact_columns": 0,
-        "exact_values": 0,
-    }
-    how = how or launch_for(workspace.ranks, recipe, x.numel(), fused=True)
-    norm = (residual, weight, normed, eps)
-    _launch(workspace, recipe, how, columns // recipe.block_size, geometry, x, out, norm)
+    _launch(workspace, recipe, 0, how, x.view(-1, x.shape[-1]), (out, residual, weight, normed), eps)
     return out, normed
 
 
 def _launch(
     workspace: Workspace,
     recipe: AllReduceRecipe,
-    how: Launch,
-    tile_blocks: int,
-    geometry: dict[str, Any],
+    exact_columns: int,
+    how: Launch | None,
     x: torch.Tensor,
-    out: torch.Tensor,
-    norm: Norm | None = None,
+    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    eps: float | None = None,
 ) -> None:
-    """Reduce x into `out`; given norm (residual, weight, normed, eps), residual + sum into `out` and that into normed.
+    """Reduce x [rows, columns] into `out`, the first of `tensors` (out, residual, weight, normed); given eps, of rows
+    that are tiles, residual + sum into it and the norm of that into normed."""
+    key = (recipe, exact_columns, how, x.shape, x.stride(0), eps, variant(x, *tensors))
+    calls = workspace.calls.get(key)
+    if calls is None:
+        if len(workspace.calls) >= MOST_CALLS:
+            workspace.calls.clear()
+        calls = workspace.calls[key] = _calls(workspace, recipe, exact_columns, how, x, eps)
+    for call in calls:
+        call(x, *tensors, workspace.counters)
 
-    What does not fit into the workspace takes several calls of the kernel.
-    """
-    blocks, exact = -(-geometry["values"] // recipe.block_size), geometry["exact_values"]
+
+def _calls(
+    workspace: Workspace,
+    recipe: AllReduceRecipe,
+    exact_columns: int,
+    how: Launch | None,
+    x: torch.Tensor,
+    eps: float | None,
+) -> list[KernelCall]:
+    """The calls of a kernel that reduce x; more than one where it does not fit into the workspace."""
+    rows, columns = x.shape
+    kept = columns - exact_columns
+    values, exact = rows * kept, rows * exact_columns
+    how = how or launch_for(workspace.ranks, recipe, values, fused=eps is not None)
+    tile_blocks = (kept if eps is not None else max(how.tile, recipe.block_size)) // recipe.block_size
+    blocks = -(-values // recipe.block_size)
     at_a_time, exact_at_a_time = workspace.blocks_at_a_time(recipe, how, tile_blocks), workspace.exact_values
-    for call in range(max(-(-blocks // at_a_time), -(-exact // exact_at_a_time))):
+    geometry = {
+        "values": values,
+        "row_length": kept,
+        "x_stride": x.stride(0) if rows > 1 else columns,
+        "out_stride": columns,
+        "exact_columns": exact_columns,
+        "eps": eps or 0.0,
+    }
+    calls = []
+    for i in range(max(-(-blocks // at_a_time), -(-exact // exact_at_a_time))):
         part = {
-            "first_block": call * at_a_time,
-            "all_blocks": max(0, min(at_a_time, blocks - call * at_a_time)),
-            "first_exact": call * exact_at_a_time,
-            "exact_values": max(0, min(exact_at_a_time, exact - call * exact_at_a_time)),
+            "first_block": i * at_a_time,
+            "all_blocks": max(0, min(at_a_time, blocks - i * at_a_time)),
+            "first_exact": i * exact_at_a_time,
+            "exact_values": max(0, min(exact_at_a_time, exact - i * exact_at_a_time)),
         }
-        _launch_once(workspace, recipe, how, tile_blocks, geometry | part, x, out, norm)
+        calls.append(_call(workspace, recipe, how, tile_blocks, geometry | part, add_norm=eps is not None))
+    return calls
 
 
-def _launch_once(
+def _call(
     workspace: Workspace,
     recipe: AllReduceRecipe,
     how: Launch,
     tile_blocks: int,
     geometry: dict[str, Any],
-    x: torch.Tensor,
-    out: torch.Tensor,
-    norm: Norm | None,
-) -> None:
-    residual, weight, normed, eps = norm or (out, out, out, 0.0)
+    add_norm: bool,
+) -> KernelCall:
     if how.way == "two-shot":
         kernel, roles, at = two_shot, 3, {"sums_at": workspace.sums_at}
         tiles = triton.cdiv(geometry["all_blocks"], tile_blocks * workspace.ranks)
@@ -125,31 +135,27 @@ def _launch_once(
         ragged=geometry["values"] % recipe.block_size != 0,
         flagged=how.way != "words",
         split=how.way == "split",
-        add_norm=norm is not None,
+        add_norm=add_norm,
         exact=exact_programs > 0,
+        threads=32 * how.warps,
     )
-    kernel[(programs + exact_programs,)](
-        x,
-        out,
-        residual,
-        weight,
-        normed,
-        workspace.buffers,
-        workspace.flags,
-        workspace.counters,
-        tile_programs=programs,
-        half_bytes=workspace.half_bytes,
-        slot_bytes=workspace.slot_bytes(how.way),
-        exact_at=workspace.exact_at,
-        exact_slot_bytes=EXACT_SLOT_BYTES,
-        half_flags=FLAGS,
-        patience=workspace.patience,
-        chunk=chunk,
-        eps=eps,
-        S=shape,
-        EXACT_TILE=EXACT_TILE,
-        num_warps=how.warps,
-        enable_fp_fusion=False,
-        **at,
+    arguments = {
+        "buffers": workspace.buffers,
+        "flags": workspace.flags,
+        "tile_programs": programs,
+        "half_bytes": workspace.half_bytes,
+        "slot_bytes": workspace.slot_bytes(how.way),
+        "exact_at": workspace.exact_at,
+        "exact_slot_bytes": EXACT_SLOT_BYTES,
+        "half_flags": FLAGS,
+        "patience": workspace.patience,
+        "chunk": chunk,
+        "S": shape,
+        "EXACT_TILE": EXACT_TILE,
         **geometry,
-    )
+        **at,
+    }
+    options = {"num_warps": how.warps, "enable_fp_fusion": False}
+    if how.registers:
+        options["maxnreg"] = how.registers
+    return KernelCall(kernel, programs + exact_programs, arguments, options)

@@ -9,58 +9,28 @@ therefore share the work by roles, some only send and others only receive, and a
 program waits only for programs of its own number on the peers, or of the role before; GPUs start programs in the order
 of their numbers. So no program waits for one that cannot start, however few run at a time.
 
-What travels between functions in tuples:
-
-    source   x_ptr, first_block, all_blocks, values, row_length, x_stride
-    sink     out_ptr, residual_ptr, weight_ptr, normed_ptr, first_block, values, row_length, out_stride, eps
-    link     buffers, flags, offset, slot_bytes, flags_at, epoch, patience
-
-x and `out` are rows of row_length values, x_stride and out_stride apart; `values` is the whole tensor's number. A call
-reduces all_blocks blocks from first_block on. buffers and flags, int64 [ranks], say where each rank's buffer and its
-flags (int32) begin. counters_ptr, int32 [2], holds the epoch of the last call and how many of this one's programs have
-ended; patience is how often a rank looks before it gives a peer up.
+The tuples in which arguments travel are those of tile_steps.py. counters_ptr, int32 [2], holds the epoch of the last
+call and how many of this one's programs have ended.
 """
-
-from dataclasses import dataclass
 
 import triton
 import triton.language as tl
 
-from .quantize_triton import addresses
+from .tile_steps import (
+    await_flags,
+    encode_own,
+    get_tile,
+    put_tile,
+    put_to_all,
+    raise_flags,
+    store_sum,
+    sum_and_store,
+    sum_of_slots,
+)
 from .tiles import decode_tile, encode_tile
-from .transports import as_words, get, put, raise_flag, read_words, slot_at, wait_for_flag
+from .transports import as_words, read_words
 
 EXACT_TILE = 1024  # values a program that sends exact columns
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What a kernel is compiled for.
-
-    Args:
-        rank, ranks: this rank and their number.
-        format, block_size: the recipe's.
-        tile_blocks, blocks: blocks in a tile, and the power of two that holds them.
-        contiguous: x and `out` have no gaps.
-        ragged: the values do not fill their last block.
-        flagged: one_shot's transport; two_shot's always is.
-        split: one_shot is done in two roles.
-        add_norm: a tile is a row, to which a residual is added and which is normed.
-        exact: some columns are summed as they are.
-    """
-
-    rank: int
-    ranks: int
-    format: str
-    block_size: int
-    tile_blocks: int
-    blocks: int
-    contiguous: bool
-    ragged: bool
-    flagged: bool
-    split: bool
-    add_norm: bool
-    exact: bool
 
 
 @triton.jit
@@ -70,9 +40,9 @@ def one_shot(
     residual_ptr,
     weight_ptr,
     normed_ptr,
+    counters_ptr,
     buffers,
     flags,
-    counters_ptr,
     first_block,
     all_blocks,
     tile_programs,
@@ -112,23 +82,23 @@ def one_shot(
             for part in range(program // 2, tl.cdiv(tiles, chunk), programs):
                 end = min((part + 1) * chunk, tiles)
                 if program % 2 == 0:
-                    for tile in range(part * chunk, end):
-                        _send(tile, source, link, S)
-                    _raise_flags(link, part * S.ranks, S)
+                    for tile in tl.range(part * chunk, end, num_stages=3):
+                        codes, scales = encode_own(tile, source, S)
+                        put_to_all(codes, scales, tile, tile, all_blocks, all_blocks, link, S, False)
+                    raise_flags(link, part * S.ranks, S, False)
                 else:
-                    _await_flags(link, part * S.ranks, S)
-                    for tile in range(part * chunk, end):
-                        codes, scales = _encode(tile, source, S)
-                        total = _sum(codes, scales, tile, tile, all_blocks, source, link, S)
-                        _store(total, tile, sink, all_blocks, x_ptr.dtype.element_ty, S)
+                    await_flags(link, part * S.ranks, S, False)
+                    for tile in tl.range(part * chunk, end, num_stages=2):
+                        # Its own is encoded once more: x is in the L2 cache still, codes would go there and back.
+                        codes, scales = encode_own(tile, source, S)
+                        sum_and_store(codes, scales, tile, source, sink, link, S)
         else:
             for tile in range(program, tiles, tile_programs):
-                codes, scales = _send(tile, source, link, S)
+                codes, scales = encode_own(tile, source, S)
+                put_to_all(codes, scales, tile, tile, all_blocks, all_blocks, link, S, False)
                 if S.flagged:
-                    _raise_flags(link, tile * S.ranks, S)
-                    _await_flags(link, tile * S.ranks, S)
-                total = _sum(codes, scales, tile, tile, all_blocks, source, link, S)
-                _store(total, tile, sink, all_blocks, x_ptr.dtype.element_ty, S)
+                    raise_flags(link, tile * S.ranks, S, False)
+                sum_and_store(codes, scales, tile, source, sink, link, S)
     elif S.exact:
         exact = (row_length, x_stride, out_stride, exact_columns, first_exact, exact_values)
         link = (buffers, flags, half + exact_at, exact_slot_bytes, 0, epoch, patience)
@@ -143,9 +113,9 @@ def two_shot(
     residual_ptr,
     weight_ptr,
     normed_ptr,
+    counters_ptr,
     buffers,
     flags,
-    counters_ptr,
     first_block,
     all_blocks,
     tile_programs,
@@ -174,6 +144,7 @@ def two_shot(
     """
     FORMAT: tl.constexpr = S.format
     RANKS: tl.constexpr = S.ranks
+    SUM: tl.constexpr = x_ptr.dtype.element_ty
     program = tl.program_id(0)
     epoch = tl.load(counters_ptr, volatile=True) + 1
     half = (epoch & 1).to(tl.int64) * half_bytes
@@ -192,172 +163,32 @@ def two_shot(
             if program % 3 == 0:
                 for row in range(part * chunk, end):
                     for peer in tl.static_range(RANKS):
-                        if peer != S.rank:
-                            tile = row * S.ranks + peer
-                            codes, scales = _encode(tile, source, S)
-                            _put(codes, scales, tile, row, slot_blocks, all_blocks, parts, S, peer)
-                _raise_flags(parts, flag, S)
+                        tile = row * S.ranks + peer
+                        codes, scales = encode_own(tile, source, S)
+                        put_tile(codes, scales, tile, row, slot_blocks, all_blocks, parts, S, peer)
+                raise_flags(parts, flag, S, True)
             elif program % 3 == 1:
-                _await_flags(parts, flag, S)
+                await_flags(parts, flag, S, True)
                 for row in range(part * chunk, end):
                     tile = row * S.ranks + S.rank
-                    codes, scales = _encode(tile, source, S)
-                    total = _sum(codes, scales, tile, row, slot_blocks, source, parts, S)
+                    total = sum_of_slots(tile, row, slot_blocks, all_blocks, parts, S)
                     codes, scales = encode_tile(total, FORMAT)
-                    for peer in tl.static_range(RANKS):
-                        if peer != S.rank:
-                            _put(codes, scales, tile, row, slot_blocks, all_blocks, sums, S, peer)
-                    total = decode_tile(codes, scales, FORMAT)
-                    _store(total, tile, sink, all_blocks, x_ptr.dtype.element_ty, S)
-                _raise_flags(sums, flag, S)
+                    put_to_all(codes, scales, tile, row, slot_blocks, all_blocks, sums, S, False)
+                    store_sum(decode_tile(codes, scales, FORMAT), tile, sink, all_blocks, SUM, S)
+                raise_flags(sums, flag, S, False)
             else:
-                _await_flags(sums, flag, S)
+                await_flags(sums, flag, S, False)
                 for row in range(part * chunk, end):
                     for peer in tl.static_range(RANKS):
                         if peer != S.rank:
                             tile = row * S.ranks + peer
-                            total = _get(tile, row, slot_blocks, all_blocks, sums, S, peer)
-                            _store(total, tile, sink, all_blocks, x_ptr.dtype.element_ty, S)
+                            total = get_tile(tile, row, slot_blocks, all_blocks, sums, S, peer)
+                            store_sum(total, tile, sink, all_blocks, SUM, S)
     elif S.exact:
         exact = (row_length, x_stride, out_stride, exact_columns, first_exact, exact_values)
         link = (buffers, flags, half + exact_at, exact_slot_bytes, 0, epoch, patience)
         _exact(x_ptr, out_ptr, program - tile_programs, exact, link, S, EXACT_TILE)
     _finish(counters_ptr, epoch)
-
-
-@triton.jit
-def _blocks_of(tile, all_blocks, S: tl.constexpr):
-    """Numbers of a tile's blocks [BLOCKS], and which of them there are."""
-    within = tl.arange(0, S.blocks)
-    blocks = tile * S.tile_blocks + within
-    return blocks, (within < S.tile_blocks) & (blocks < all_blocks)
-
-
-@triton.jit
-def _encode(tile, source, S: tl.constexpr):
-    """Codes and scales of a tile of x."""
-    FORMAT: tl.constexpr = S.format
-    x_ptr, first_block, all_blocks, values, row_length, row_stride = source
-    blocks, mask = _blocks_of(tile, all_blocks, S)
-    places, address = addresses(first_block + blocks, row_length, row_stride, S.contiguous, S.block_size)
-    mask = mask[:, None]
-    if S.ragged:
-        mask = mask & (places < values)
-    return encode_tile(tl.load(x_ptr + address, mask=mask, other=0.0).to(tl.float32), FORMAT)
-
-
-@triton.jit
-def _put(codes, scales, tile, at, slot_blocks, all_blocks, link, S: tl.constexpr, PEER: tl.constexpr):
-    """Write a tile into the peer's slot, as the slot's tile `at`."""
-    FORMAT: tl.constexpr = S.format
-    buffers, flags, offset, slot_bytes, flags_at, epoch, patience = link
-    mask = _blocks_of(tile, all_blocks, S)[1]
-    within = at * S.tile_blocks + tl.arange(0, S.blocks)
-    slot = slot_at(buffers, PEER, offset, slot_bytes, S.rank, PEER)
-    put(codes, scales, within, mask, slot, slot_blocks, epoch, FORMAT, True)
-
-
-@triton.jit
-def _get(tile, at, slot_blocks, all_blocks, link, S: tl.constexpr, SOURCE: tl.constexpr):
-    """The values, float32, that SOURCE wrote as tile `at` of its slot here."""
-    FORMAT: tl.constexpr = S.format
-    buffers, flags, offset, slot_bytes, flags_at, epoch, patience = link
-    mask = _blocks_of(tile, all_blocks, S)[1]
-    within = at * S.tile_blocks + tl.arange(0, S.blocks)
-    slot = slot_at(buffers, S.rank, offset, slot_bytes, SOURCE, S.rank)
-    return get(within, mask, slot, slot_blocks, epoch, patience, FORMAT, S.block_size, S.flagged)
-
-
-@triton.jit
-def _send(tile, source, link, S: tl.constexpr):
-    """Write a tile of x into every peer's slot; returns its codes and scales."""
-    FORMAT: tl.constexpr = S.format
-    RANKS: tl.constexpr = S.ranks
-    x_ptr, first_block, all_blocks, values, row_length, x_stride = source
-    buffers, flags, offset, slot_bytes, flags_at, epoch, patience = link
-    blocks, mask = _blocks_of(tile, all_blocks, S)
-    codes, scales = _encode(tile, source, S)
-    for peer in tl.static_range(RANKS):
-        if peer != S.rank:
-            slot = slot_at(buffers, peer, offset, slot_bytes, S.rank, peer)
-            put(codes, scales, blocks, mask, slot, all_blocks, epoch, FORMAT, S.flagged)
-    return codes, scales
-
-
-@triton.jit
-def _raise_flags(link, at, S: tl.constexpr):
-    """Tell all peers that what the program's threads wrote is there."""
-    RANKS: tl.constexpr = S.ranks
-    buffers, flags, offset, slot_bytes, flags_at, epoch, patience = link
-    tl.debug_barrier()
-    for peer in tl.static_range(RANKS):
-        if peer != S.rank:
-            raise_flag(flags, peer, flags_at + at + S.rank, epoch)
-
-
-@triton.jit
-def _await_flags(link, at, S: tl.constexpr):
-    """Wait until all peers have said so."""
-    RANKS: tl.constexpr = S.ranks
-    buffers, flags, offset, slot_bytes, flags_at, epoch, patience = link
-    for peer in tl.static_range(RANKS):
-        if peer != S.rank:
-            wait_for_flag(flags, S.rank, flags_at + at + peer, epoch, patience)
-    tl.debug_barrier()
-
-
-@triton.jit
-def _sum(
-    codes,
-    scales,
-    tile,
-    at,
-    slot_blocks,
-    source,
-    link,
-    S: tl.constexpr,
-):
-    """float32 [S.blocks, BLOCK_SIZE]: this rank's tile, given in codes, and its peers', in rank order."""
-    FORMAT: tl.constexpr = S.format
-    RANKS: tl.constexpr = S.ranks
-    for rank in tl.static_range(RANKS):
-        if rank == S.rank:
-            part = decode_tile(codes, scales, FORMAT)
-        else:
-            part = _get(tile, at, slot_blocks, source[2], link, S, rank)
-        if rank == 0:
-            total = part
-        else:
-            total += part
-    return total
-
-
-@triton.jit
-def _store(total, tile, sink, all_blocks, SUM: tl.constexpr, S: tl.constexpr):
-    """A tile of the sum, float32, to its place in `out`; or, a tile being a row, residual + sum there and its norm.
-
-    add_norm rounds where a reduction to dtype SUM, an addition and layers.norm.LocalRMSNorm after each other do.
-    """
-    out_ptr, residual_ptr, weight_ptr, normed_ptr, first_block, values, row_length, row_stride, eps = sink
-    blocks, mask = _blocks_of(tile, all_blocks, S)
-    places, address = addresses(first_block + blocks, row_length, row_stride, S.contiguous, S.block_size)
-    mask = mask[:, None]
-    if S.ragged:
-        mask = mask & (places < values)
-    total = total.to(SUM)
-    if S.add_norm:
-        stream = tl.load(residual_ptr + address, mask=mask, other=0.0)
-        stream = (total.to(tl.float32) + stream.to(tl.float32)).to(stream.dtype)
-        tl.store(out_ptr + address, stream, mask=mask)
-        dtype = weight_ptr.dtype.element_ty
-        wide = tl.where(mask, stream.to(dtype).to(tl.float32), 0.0)
-        mean = tl.sum(tl.sum(wide * wide, axis=1), axis=0) / row_length
-        wide = (wide * tl.rsqrt(mean + eps)).to(dtype).to(tl.float32)
-        columns = tl.arange(0, S.blocks)[:, None] * S.block_size + tl.arange(0, S.block_size)[None, :]
-        weight = tl.load(weight_ptr + columns, mask=mask, other=0.0)
-        tl.store(normed_ptr + address, (wide * weight.to(tl.float32)).to(dtype), mask=mask)
-    else:
-        tl.store(out_ptr + address, total, mask=mask)
 
 
 @triton.jit
@@ -372,14 +203,14 @@ def _exact(x_ptr, out_ptr, tile, exact, link, S: tl.constexpr, TILE: tl.constexp
     own = tl.load(x_ptr + row * x_stride + column, mask=mask, other=0.0).to(tl.float32)
     for peer in tl.static_range(RANKS):
         if peer != S.rank:
-            slot = slot_at(buffers, peer, offset, slot_bytes, S.rank, peer).to(tl.pointer_type(tl.int64))
+            slot = (buffers[peer] + offset + slot_bytes * S.rank).to(tl.pointer_type(tl.int64))
             tl.store(slot + place, as_words(own.to(tl.int32, bitcast=True), epoch), mask=mask)
     for rank in tl.static_range(RANKS):
         if rank == S.rank:
             part = own
         else:
-            slot = slot_at(buffers, S.rank, offset, slot_bytes, rank, S.rank).to(tl.pointer_type(tl.int64))
-            part = read_words(slot + place, mask, epoch, patience).to(tl.float32, bitcast=True)
+            slot = (buffers[S.rank] + offset + slot_bytes * rank).to(tl.pointer_type(tl.int64))
+            part = read_words(slot + place, mask, epoch, patience, TILE, S.threads).to(tl.float32, bitcast=True)
         if rank == 0:
             total = part
         else:

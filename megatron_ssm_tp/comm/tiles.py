@@ -28,6 +28,16 @@ _ROUND_TO_FP8_SUBNORMAL = tl.constexpr(2.0**14)
 
 
 @triton.jit
+def addresses(blocks, row_length, row_stride, CONTIGUOUS: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """Each value's place in the flattened tensor and in memory, int64 [BLOCKS, BLOCK_SIZE]."""
+    places = blocks[:, None].to(tl.int64) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)[None, :]
+    if CONTIGUOUS:
+        return places, places
+    else:
+        return places, places // row_length * row_stride + places % row_length
+
+
+@triton.jit
 def encode_tile(values, FORMAT: tl.constexpr):
     """values float32 [BLOCKS, BLOCK_SIZE] -> codes uint8 [BLOCKS, BLOCK_SIZE] (int4: half as wide), scales [BLOCKS]."""
     if FORMAT == "bf16":

@@ -3,7 +3,8 @@
 Two transports carry a tile [BLOCKS, BLOCK_SIZE] of codes:
 
 words   every 8 bytes are 4 bytes of codes and the call's epoch: who reads waits until the epochs are there. No fence,
-        no flag, one trip: for small tensors. Twice the bytes.
+        no flag, one trip: for small tensors. Twice the bytes. That 8 aligned bytes arrive at once is what NCCL's
+        low-latency protocol relies on too; plain stores are seen by volatile loads without a fence.
 flags   codes as they are, a barrier, and a flag a tile set with release semantics, which the reader acquires.
 """
 
@@ -16,14 +17,13 @@ from .tiles import decode_tile
 @triton.jit
 def _give_up():
     """End the process's kernels: a peer has not answered. The host sees an error at its next call."""
-    tl.device_assert(False, "a peer did not answer")  # in the interpreter; compiled only for debugging
     tl.inline_asm_elementwise("trap; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
-def wait_for_flag(flags, rank, at, epoch, patience):
-    """Wait until the flag at `at` among a rank's own is of this epoch; what its peer wrote before can then be read."""
-    flag = tl.load(flags + rank).to(tl.pointer_type(tl.int32)) + at
+def wait_for_flag(flags, at, epoch, patience):
+    """Wait until the flag at `at` of this rank is of this epoch: what was written before it can then be read."""
+    flag = flags.to(tl.pointer_type(tl.int32)) + at
     tries = 0
     while (tl.atomic_add(flag, 0, sem="acquire", scope="sys") != epoch) & (tries < patience):
         tries += 1
@@ -41,8 +41,8 @@ def _late(words, epoch):
 
 
 @triton.jit
-def read_words(ptr, mask, epoch, patience):
-    """The low halves of 8-byte words, int32, once all of them have arrived."""
+def read_words(ptr, mask, epoch, patience, WORDS: tl.constexpr, THREADS: tl.constexpr):
+    """The low halves of WORDS 8-byte words, int32, once all of them have arrived; by THREADS threads."""
     absent = epoch.to(tl.int64) << 32
     words = tl.load(ptr, mask=mask, other=absent, volatile=True)
     tries = 0
@@ -51,6 +51,9 @@ def read_words(ptr, mask, epoch, patience):
         tries += 1
     if tries >= patience:
         _give_up()
+    if WORDS > 32 and WORDS < THREADS:
+        # Warps then hold copies, each read by itself, and not all of them have voted: read what the voters saw.
+        words = tl.load(ptr, mask=mask, other=absent, volatile=True)
     return words.to(tl.int32)
 
 
@@ -83,7 +86,7 @@ def _unpack(words, CODES: tl.constexpr):
 @triton.jit
 def _tile_at(slot, blocks, WIDTH: tl.constexpr, TYPE: tl.constexpr):
     """Pointers [BLOCKS, WIDTH] to blocks' elements. A block begins at a multiple of 8 bytes, most of 16: Triton, which
-    cannot see it through an address loaded from memory, is told, or would store and load each element by itself."""
+    cannot see it through an address made of integers, is told, or would store and load each element by itself."""
     at = blocks[:, None].to(tl.int64) * WIDTH + tl.arange(0, WIDTH)[None, :]
     aligned: tl.constexpr = 16 if WIDTH * (TYPE.primitive_bitwidth // 8) % 16 == 0 else 8
     return tl.max_contiguous(tl.multiple_of(slot.to(tl.pointer_type(TYPE)) + at, (aligned, aligned)), (1, WIDTH))
@@ -96,7 +99,7 @@ def put(codes, scales, blocks, mask, slot, slot_blocks, epoch, FORMAT: tl.conste
     if FLAGGED:
         tl.store(_tile_at(slot, blocks, width, codes.dtype), codes, mask=mask[:, None])
         if FORMAT != "bf16":
-            scales_at = (slot + slot_blocks.to(tl.int64) * width).to(tl.pointer_type(tl.float32))
+            scales_at = (slot + tl.cast(slot_blocks, tl.int64) * width).to(tl.pointer_type(tl.float32))
             tl.store(scales_at + blocks, scales, mask=mask)
     else:
         per_word: tl.constexpr = 2 if FORMAT == "bf16" else 4
@@ -118,6 +121,7 @@ def get(
     FORMAT: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     FLAGGED: tl.constexpr,
+    THREADS: tl.constexpr,
 ):
     """The values float32 [BLOCKS, BLOCK_SIZE] of a tile that a peer wrote into a slot."""
     scales = tl.zeros((blocks.shape[0],), tl.float32)
@@ -126,27 +130,23 @@ def get(
         code: tl.constexpr = tl.int16 if FORMAT == "bf16" else tl.uint8
         codes = tl.load(_tile_at(slot, blocks, width, code), mask=mask[:, None], other=0)
         if FORMAT != "bf16":
-            scales_at = (slot + slot_blocks.to(tl.int64) * width).to(tl.pointer_type(tl.float32))
+            scales_at = (slot + tl.cast(slot_blocks, tl.int64) * width).to(tl.pointer_type(tl.float32))
             scales = tl.load(scales_at + blocks, mask=mask, other=0.0)
     else:
         per_word: tl.constexpr = 2 if FORMAT == "bf16" else 4
         words: tl.constexpr = width // per_word
-        codes = _unpack(read_words(_tile_at(slot, blocks, words, tl.int64), mask[:, None], epoch, patience), per_word)
+        all_words: tl.constexpr = blocks.shape[0] * words
+        ptr = _tile_at(slot, blocks, words, tl.int64)
+        codes = _unpack(read_words(ptr, mask[:, None], epoch, patience, all_words, THREADS), per_word)
         if FORMAT != "bf16":
             scales_at = slot.to(tl.pointer_type(tl.int64)) + slot_blocks * words
-            scales = read_words(scales_at + blocks, mask, epoch, patience).to(tl.float32, bitcast=True)
+            all_scales: tl.constexpr = blocks.shape[0]
+            bits = read_words(scales_at + blocks, mask, epoch, patience, all_scales, THREADS)
+            scales = bits.to(tl.float32, bitcast=True)
     return decode_tile(codes, scales, FORMAT)
 
 
 @triton.jit
-def slot_at(buffers, peer, offset, slot_bytes, SOURCE: tl.constexpr, PEER: tl.constexpr):
-    """Address of the slot in a rank's buffer that the rank SOURCE writes: there is none for its own."""
-    index: tl.constexpr = SOURCE - (SOURCE > PEER)
-    return tl.load(buffers + peer) + offset + tl.cast(slot_bytes, tl.int64) * index
-
-
-@triton.jit
-def raise_flag(flags, peer, at, epoch):
-    """Tell a peer that what this program wrote to it before is there."""
-    flag = tl.load(flags + peer).to(tl.pointer_type(tl.int32)) + at
-    tl.atomic_xchg(flag, epoch, sem="release", scope="sys")
+def raise_flag(flags, at, epoch):
+    """Tell the rank whose flags these are that what this program wrote to it before is there."""
+    tl.atomic_xchg(flags.to(tl.pointer_type(tl.int32)) + at, epoch, sem="release", scope="sys")

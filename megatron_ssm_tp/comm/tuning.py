@@ -25,6 +25,7 @@ class Launch:
         warps: of a program.
         programs: of each role, at most; further tiles are taken in turn. 0: one a tile.
         chunk: tiles that share a flag, where programs have roles.
+        registers: of a thread, at most, so that more programs run at a time. 0: as many as the compiler wants.
     """
 
     way: str
@@ -32,6 +33,7 @@ class Launch:
     warps: int = 4
     programs: int = 0
     chunk: int = 1
+    registers: int = 0
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,13 @@
 """A group's memory for the symmetric backend: where in each rank's buffer the others write."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from .recipes import AllReduceRecipe
 from .tuning import Launch
 
-CODES_BYTES = 72 << 20  # of codes that a rank can receive in one call; larger tensors are reduced in pieces
+CODES_BYTES = 144 << 20  # of codes that a rank can receive in one call; larger tensors are reduced in pieces
 WORDS_SLOT_BYTES = 4 << 20
 EXACT_SLOT_BYTES = 2 << 20
 EXACT_VALUES = EXACT_SLOT_BYTES // 8
@@ -16,16 +16,16 @@ FLAGS = 1 << 17  # flags a half
 
 @dataclass(frozen=True, eq=False)
 class Workspace:
-    """A group's buffers: two halves, each with slots for what every other rank sends.
+    """A group's buffers: two halves, each with a slot for what every rank, this one too, sends.
 
-    codes    codes_bytes                        one-shot: ranks - 1 slots; two-shot: of parts and, from sums_at, of sums
-    words    (ranks - 1) * WORDS_SLOT_BYTES
-    exact    (ranks - 1) * EXACT_SLOT_BYTES
+    codes    codes_bytes                  one-shot: a slot a rank; two-shot: of parts and, from sums_at on, of sums
+    words    ranks * WORDS_SLOT_BYTES
+    exact    ranks * EXACT_SLOT_BYTES
 
     Args:
         rank, ranks: this rank and their number.
-        buffers, flags: int64 [ranks], addresses of all ranks' buffers of 2 * half_bytes, and of their flags, which are
-            int32 [2, FLAGS], zeros before the first call.
+        buffers, flags: addresses of all ranks' buffers of 2 * half_bytes, and of their flags, which are int32
+            [2, FLAGS]; all zeros before the first call.
         counters: int32 [2], zeros before the first call.
         patience: polls before a peer is given up.
         memory: whatever keeps the buffers alive.
@@ -34,17 +34,18 @@ class Workspace:
 
     rank: int
     ranks: int
-    buffers: torch.Tensor
-    flags: torch.Tensor
+    buffers: tuple[int, ...]
+    flags: tuple[int, ...]
     counters: torch.Tensor
     patience: int
     memory: object
     codes_bytes: int = CODES_BYTES
     exact_values: int = EXACT_VALUES
+    calls: dict = field(init=False, default_factory=dict)  # of symmetric_launch, by shapes
 
     @staticmethod
     def bytes_of_half(ranks: int, codes_bytes: int = CODES_BYTES) -> int:
-        return codes_bytes + (ranks - 1) * (WORDS_SLOT_BYTES + EXACT_SLOT_BYTES)
+        return codes_bytes + ranks * (WORDS_SLOT_BYTES + EXACT_SLOT_BYTES)
 
     @property
     def half_bytes(self) -> int:
@@ -60,13 +61,13 @@ class Workspace:
 
     @property
     def exact_at(self) -> int:
-        return self.codes_bytes + (self.ranks - 1) * WORDS_SLOT_BYTES
+        return self.codes_bytes + self.ranks * WORDS_SLOT_BYTES
 
     def slot_bytes(self, way: str) -> int:
         if way == "words":
             return WORDS_SLOT_BYTES
         region = self.sums_at if way == "two-shot" else self.codes_bytes
-        return region // (self.ranks - 1) // 16 * 16
+        return region // self.ranks // 16 * 16
 
     def blocks_at_a_time(self, recipe: AllReduceRecipe, launch: Launch, tile_blocks: int) -> int:
         """Blocks that one call of a kernel can reduce: whole tiles, at least one."""

@@ -30,11 +30,11 @@ from torch import nn
 
 from ..config import Mamba1Config
 from ..ops import reference
+from ..ops.norm import rms_normalize
 from ..partition.layout import state_shapes
 from ..partition.parameters import mamba1_parameters
 from .initialization import filled_later, initialize_mamba1
 from .mixer import SSMMixer, Tensors
-from .norm import rms_normalize
 from .row_parallel import partial_product
 from .sharding import sharers
 
