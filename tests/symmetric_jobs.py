@@ -1,5 +1,6 @@
 """What ranks in Triton's interpreter are asked about the symmetric backend's kernels, over a file that they all map."""
 
+import time
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -47,8 +48,29 @@ def workspace(directory: Path, codes_bytes: int, patience: int = 1 << 14) -> Wor
     return Workspace(rank, ranks, buffers, tuple(b + size for b in buffers), counters, patience, memory, codes_bytes)
 
 
+@lru_cache(maxsize=1)
+def _let_others_run_while_waiting() -> None:
+    """Ranks that look for what has not arrived give their core to those that will send it."""
+    import triton.runtime.interpreter as interpreter
+
+    builder = interpreter.InterpreterBuilder
+    load, atomic = builder.create_masked_load, builder.create_atomic_rmw
+
+    def yielding_load(self, ptrs, mask, other, cache_modifier, eviction_policy, is_volatile):
+        if is_volatile:
+            time.sleep(2e-4)
+        return load(self, ptrs, mask, other, cache_modifier, eviction_policy, is_volatile)
+
+    def yielding_atomic(self, *args):
+        time.sleep(2e-4)
+        return atomic(self, *args)
+
+    builder.create_masked_load, builder.create_atomic_rmw = yielding_load, yielding_atomic
+
+
 def _launch_module():
     kernels()
+    _let_others_run_while_waiting()
     from megatron_ssm_tp.comm import symmetric_launch
 
     return symmetric_launch
@@ -177,6 +199,23 @@ def supported_under_capture() -> tuple[bool, str]:
         mock.patch("torch.cuda.current_device", lambda: 0),
     ):
         return symmetric.supports(x, group, Int8BlockScaling())
+
+
+def warnings_of_a_fallback() -> list[str]:
+    """What is said when "auto" cannot take the symmetric backend on GPUs, and when "collective" is asked for."""
+    import warnings
+    from unittest import mock
+
+    from megatron_ssm_tp.comm import backends
+
+    group = dist.new_group(list(range(dist.get_world_size())))
+    x = mock.Mock(is_cuda=True, dtype=torch.bfloat16)
+    refused = backends.BACKENDS["symmetric"]._replace(supports=lambda *_: (False, "no peer access"))
+    with warnings.catch_warnings(record=True) as said, mock.patch.dict(backends.BACKENDS, symmetric=refused):
+        warnings.simplefilter("always")
+        for name in ("auto", "collective"):
+            assert backends.choose(x, group, Int8BlockScaling(backend=name)) is backends.BACKENDS["collective"]
+    return [str(warning.message) for warning in said]
 
 
 def fused_errors() -> list[str]:

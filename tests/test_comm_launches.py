@@ -57,6 +57,11 @@ def test_capture_needs_buffers(world):
         assert not ok and "none can be allocated under capture" in reason
 
 
+def test_a_fallback_on_gpus_is_said_by_one_rank(world):
+    first, second = world(2).run(jobs.warnings_of_a_fallback)
+    assert first == ["all-reduces are quantized by the backend 'collective': no peer access"] and second == []
+
+
 def test_the_fused_reduction_has_no_backward(world):
     for said in world(2).run(jobs.fused_errors):
         assert [line.split(":")[0] for line in said] == ["requires_grad=True", "residual=(2, 3)", "weight=(3,)"]
@@ -69,7 +74,7 @@ KERNELS = [
     ("one_shot", {"split": True}, {}),
     ("one_shot", {"split": True, "add_norm": True, "tile_blocks": 20, "blocks": 32}, {}),
     ("one_shot", {}, {"all_blocks": 1, "chunk": 1}),
-    ("two_shot", {"ranks": 4}, {}),
+    ("two_shot", {"ranks": 8, "rank": 7}, {}),
 ]
 
 

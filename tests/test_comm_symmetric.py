@@ -62,12 +62,14 @@ def check(interpreted, directory: Path, p: int, calls: list[Call], codes_bytes: 
             assert as_collective, f"rank {rank} has other bits than the collective backend: {call}"
 
 
-@pytest.mark.parametrize("p", [2, 3, 4, 8], ids=lambda p: f"P{p}")
+@pytest.mark.parametrize("p", [2, 3, 4], ids=lambda p: f"P{p}")
 @WAYS
 def test_the_collective_backends_bits_on_all_ranks(interpreted, directory, p, ways):
-    # many ranks are slow on few cores
-    ways, recipes = {2: (ways, RECIPES), 8: (ways[1:], RECIPES[:1])}.get(p, (ways[1:], RECIPES[::3]))
-    check(interpreted, directory, p, [Call((3, 1, 70), recipe, how) for recipe in recipes for how in ways])
+    if p < 4:
+        calls = [Call((3, 1, 70), recipe, how) for recipe in RECIPES for how in (ways if p == 2 else ways[1:])]
+    else:  # many ranks are slow on few cores
+        calls = [Call((1, 1, 200), RECIPES[0], ways[1])]
+    check(interpreted, directory, p, calls)
 
 
 @WAYS
@@ -107,7 +109,7 @@ def test_calls_of_all_kinds_follow_each_other(interpreted, directory):
         st.sampled_from([0, 100]),
     )
 
-    @settings(max_examples=6, deadline=None)
+    @settings(max_examples=4, deadline=None)
     @given(st.lists(call, min_size=3, max_size=6))
     def run(calls):
         check(interpreted, directory, 2, calls)

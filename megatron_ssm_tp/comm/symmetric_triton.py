@@ -142,9 +142,6 @@ def two_shot(
 
     `chunk` rows have 2 * ranks flags: that a rank's parts are here, that its sums are here.
     """
-    FORMAT: tl.constexpr = S.format
-    RANKS: tl.constexpr = S.ranks
-    SUM: tl.constexpr = x_ptr.dtype.element_ty
     program = tl.program_id(0)
     epoch = tl.load(counters_ptr, volatile=True) + 1
     half = (epoch & 1).to(tl.int64) * half_bytes
@@ -161,34 +158,59 @@ def two_shot(
             flag = part * 2 * S.ranks
             end = min((part + 1) * chunk, rows)
             if program % 3 == 0:
-                for row in range(part * chunk, end):
-                    for peer in tl.static_range(RANKS):
-                        tile = row * S.ranks + peer
-                        codes, scales = encode_own(tile, source, S)
-                        put_tile(codes, scales, tile, row, slot_blocks, all_blocks, parts, S, peer)
-                raise_flags(parts, flag, S, True)
+                _send_parts(part * chunk, end, flag, source, parts, slot_blocks, S)
             elif program % 3 == 1:
-                await_flags(parts, flag, S, True)
-                for row in range(part * chunk, end):
-                    tile = row * S.ranks + S.rank
-                    total = sum_of_slots(tile, row, slot_blocks, all_blocks, parts, S)
-                    codes, scales = encode_tile(total, FORMAT)
-                    put_to_all(codes, scales, tile, row, slot_blocks, all_blocks, sums, S, False)
-                    store_sum(decode_tile(codes, scales, FORMAT), tile, sink, all_blocks, SUM, S)
-                raise_flags(sums, flag, S, False)
+                _sum_parts(part * chunk, end, flag, source, sink, parts, sums, slot_blocks, S)
             else:
-                await_flags(sums, flag, S, False)
-                for row in range(part * chunk, end):
-                    for peer in tl.static_range(RANKS):
-                        if peer != S.rank:
-                            tile = row * S.ranks + peer
-                            total = get_tile(tile, row, slot_blocks, all_blocks, sums, S, peer)
-                            store_sum(total, tile, sink, all_blocks, SUM, S)
+                _take_sums(part * chunk, end, flag, source, sink, sums, slot_blocks, S)
     elif S.exact:
         exact = (row_length, x_stride, out_stride, exact_columns, first_exact, exact_values)
         link = (buffers, flags, half + exact_at, exact_slot_bytes, 0, epoch, patience)
         _exact(x_ptr, out_ptr, program - tile_programs, exact, link, S, EXACT_TILE)
     _finish(counters_ptr, epoch)
+
+
+@triton.jit
+def _send_parts(first, end, flag, source, parts, slot_blocks, S: tl.constexpr):
+    """Of rows first to end: every tile to the rank that sums it."""
+    RANKS: tl.constexpr = S.ranks
+    for row in range(first, end):
+        for peer in tl.static_range(RANKS):
+            tile = row * S.ranks + peer
+            codes, scales = encode_own(tile, source, S)
+            put_tile(codes, scales, tile, row, slot_blocks, source[2], parts, S, peer)
+    raise_flags(parts, flag, S, True)
+
+
+@triton.jit
+def _sum_parts(first, end, flag, source, sink, parts, sums, slot_blocks, S: tl.constexpr):
+    """This rank's tiles of rows first to end: their sums, encoded, to all; decoded again, to their place."""
+    FORMAT: tl.constexpr = S.format
+    SUM: tl.constexpr = source[0].dtype.element_ty
+    all_blocks = source[2]
+    await_flags(parts, flag, S, True)
+    for row in range(first, end):
+        tile = row * S.ranks + S.rank
+        total = sum_of_slots(tile, row, slot_blocks, all_blocks, parts, S)
+        codes, scales = encode_tile(total, FORMAT)
+        put_to_all(codes, scales, tile, row, slot_blocks, all_blocks, sums, S, False)
+        store_sum(decode_tile(codes, scales, FORMAT), tile, sink, all_blocks, SUM, S)
+    raise_flags(sums, flag, S, False)
+
+
+@triton.jit
+def _take_sums(first, end, flag, source, sink, sums, slot_blocks, S: tl.constexpr):
+    """The peers' tiles of rows first to end: their sums to their places."""
+    RANKS: tl.constexpr = S.ranks
+    SUM: tl.constexpr = source[0].dtype.element_ty
+    all_blocks = source[2]
+    await_flags(sums, flag, S, False)
+    for row in range(first, end):
+        for peer in tl.static_range(RANKS):
+            if peer != S.rank:
+                tile = row * S.ranks + peer
+                total = get_tile(tile, row, slot_blocks, all_blocks, sums, S, peer)
+                store_sum(total, tile, sink, all_blocks, SUM, S)
 
 
 @triton.jit
