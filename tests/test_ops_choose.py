@@ -64,4 +64,4 @@ def test_as_many_chunks_as_fill_the_gpu(monkeypatch, tokens, sequences, channels
 
     monkeypatch.setattr(selective_scan, "_multiprocessors", lambda device: 132)
     shape = selective_scan._Shape(tokens, sequences, channels, 1, 16)
-    assert shape.chunk(selective_scan.DEFAULT, torch.device("cuda")) == expected
+    assert shape.chunk(selective_scan.ScanLaunch(warps_per_sm=8), torch.device("cuda")) == expected

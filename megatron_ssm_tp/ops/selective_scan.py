@@ -60,13 +60,13 @@ class ScanLaunch:
 
     chunk: int | None = None
     warps: int = 1
-    unroll: int = 4
-    polynomial: int = 2
-    back_polynomial: int = 2
-    groups: int = 4
+    unroll: int = 8
+    polynomial: int = 5
+    back_polynomial: int = 0
+    groups: int = 2
     ahead: bool = False
-    widen: bool = True
-    warps_per_sm: int = 8
+    widen: bool = False
+    warps_per_sm: int = 32
     max_registers: tuple[int | None, int | None] = (None, None)
 
 
