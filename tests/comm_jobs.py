@@ -1,13 +1,12 @@
 """What ranks and Triton's interpreter are asked about the quantized all-reduce."""
 
-import os
-import warnings
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from interpreter import patch_interpreter
 
 from megatron_ssm_tp import UserError
 from megatron_ssm_tp.comm import collectives, quantize
@@ -134,26 +133,7 @@ def sub_group_sum(ranks: tuple[int, ...]) -> np.ndarray | None:
 @lru_cache(maxsize=1)
 def kernels() -> Any:
     """quantize_triton, in a process that was started with TRITON_INTERPRET=1."""
-    assert os.environ["TRITON_INTERPRET"] == "1"
-    import triton.runtime.interpreter as interpreter
-
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", category=RuntimeWarning)  # numpy's, of NaN
-    patch_tensor, cast = interpreter._patch_lang_tensor, interpreter.InterpreterBuilder.cast_impl
-
-    def patched(tensor, scope):
-        patch_tensor(tensor, scope)
-        # numpy 2.4 no longer makes an int of an array of one element
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    def rounded(self, src, dst_type):
-        # The interpreter cuts float32 off where GPUs round to bfloat16.
-        if src.dtype.scalar != interpreter.tl.float32 or dst_type.scalar != interpreter.tl.bfloat16:
-            return cast(self, src, dst_type)
-        bits = torch.from_numpy(np.ascontiguousarray(src.data)).bfloat16().view(torch.uint16).numpy()
-        return interpreter.TensorHandle(bits, dst_type.scalar)
-
-    interpreter._patch_lang_tensor, interpreter.InterpreterBuilder.cast_impl = patched, rounded
+    patch_interpreter()
     from megatron_ssm_tp.comm import quantize_triton
 
     return quantize_triton

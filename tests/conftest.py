@@ -2,7 +2,9 @@ import os
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch: the tests' ranks are gloo's, on the CPU, also where GPUs are
 
+import multiprocessing
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
@@ -40,3 +42,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TinyModel]:
         return made[key]
 
     return get
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> Iterator[Callable[..., str]]:
+    """interpreted(job, ...): the job's result in a process whose Triton interprets, from its first import on."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+        pool.submit(os.getpid).result()  # started, with this environment
+    yield lambda job, *args: pool.submit(job, *args).result(timeout=120)
+    pool.shutdown()

@@ -1,10 +1,5 @@
 """The Triton codecs in Triton's interpreter, on the CPU: the bits of the reference."""
 
-import multiprocessing
-import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-
 import comm_jobs as jobs
 import numpy as np
 import pytest
@@ -19,17 +14,6 @@ pytest.importorskip("triton")
 RECIPES = pytest.mark.parametrize(
     "recipe", [Int8BlockScaling(16), Float8BlockScaling(16), Int4BlockScaling(16)], ids=lambda r: r.name
 )
-
-
-@pytest.fixture(scope="module")
-def interpreted() -> Iterator[Callable[..., str]]:
-    """interpreted(job, ...): the job's result in a process whose Triton interprets, from its first import on."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
-        pool.submit(os.getpid).result()  # started, with this environment
-    yield lambda job, *args: pool.submit(job, *args).result(timeout=120)
-    pool.shutdown()
 
 
 bits = st.integers(0, 2**32 - 1).map(lambda n: np.uint32(n).view(np.float32).item())  # NaN and Inf among them

@@ -49,7 +49,14 @@ def run(args: argparse.Namespace) -> None:
 
 def _kernels() -> None:
     say("\nkernels in use")
-    say("  scans, convolution and steps: the references in ops (float32 torch), on CPU and GPU")
+    if _version("torch") is None:
+        say("  unknown without torch")
+        return
+    from ..ops.choose import implementation
+
+    found = implementation()
+    say(f"  Mamba-1's scan and step, the convolution: {found.name} ({found.reason}); in training the reference")
+    say("  Mamba-2's scan and step: the reference (float32 torch)")
 
 
 def _devices() -> None:

@@ -29,7 +29,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from ..config import Mamba1Config
-from ..ops import reference as ops
+from ..ops import reference
 from ..ops.norm import rms_normalize
 from ..partition.layout import state_shapes
 from ..partition.parameters import mamba1_parameters
@@ -58,6 +58,7 @@ class Mamba1Mixer(SSMMixer):
         d_model: hidden size.
         mixer_config: the dimensions, or a function that derives them from `config` (presets for --spec).
         pg_collection: its `tp` group is the one the mixer is cut over.
+        ops: who computes convolution and scan, see ops/choose.py.
 
     Raises:
         UserError: d_inner cannot be shared by the group's ranks.
@@ -73,9 +74,10 @@ class Mamba1Mixer(SSMMixer):
         pg_collection: ProcessGroupCollection,
         pp_layer_offset: int = 0,
         name: str | None = None,
+        ops: str = "auto",
     ) -> None:
         dims = mixer_config if isinstance(mixer_config, Mamba1Config) else mixer_config(config)
-        super().__init__(config, mamba1_parameters(dims, d_model), layer_number, pg_collection, pp_layer_offset)
+        super().__init__(config, mamba1_parameters(dims, d_model), layer_number, pg_collection, pp_layer_offset, ops)
         self.dims = dims
         self.head_group = sharers(self.tp_group, dims.n_heads)  # those that x_proj's product is summed over
         self.heads = max(1, dims.n_heads // self.tp_group.size())
@@ -139,15 +141,15 @@ class Mamba1Mixer(SSMMixer):
         return x, dt, -torch.exp(self.A_log), B, C, self.D, z, self.dt_proj.bias
 
     def scan(self, tokens: Tensors, state: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        return ops.selective_scan(*self._scan_arguments(tokens), state)
+        return reference.selective_scan(*self._scan_arguments(tokens), state)
 
     def ssm_prefill(
         self, tokens: Tensors, states: torch.Tensor, slots: torch.Tensor, cu_seqlens: torch.Tensor
     ) -> torch.Tensor:
-        return ops.selective_scan_varlen(*self._scan_arguments(tokens), states, slots, cu_seqlens)
+        return self.ops.selective_scan_varlen(*self._scan_arguments(tokens), states, slots, cu_seqlens)
 
     def ssm_decode(self, tokens: Tensors, states: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-        return ops.selective_state_step(*self._scan_arguments(tokens), states, slots)
+        return self.ops.selective_state_step(*self._scan_arguments(tokens), states, slots)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """As PartitionedModule's. Linears of a head have no extra state: at other TP sizes they are other modules."""

@@ -24,7 +24,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from ..config import Mamba2Config
-from ..ops import ssd_reference as ops
+from ..ops import ssd_reference
 from ..partition.layout import state_shapes
 from ..partition.parameters import mamba2_parameters
 from .gated_norm import GatedRMSNorm, NormCase
@@ -51,6 +51,7 @@ class Mamba2Mixer(SSMMixer):
         mixer_config: the dimensions, or a function that derives them from `config`.
         pg_collection: its `tp` group is the one the mixer is cut over.
         exact_norm: reduce a spanning norm's sums before out_proj, instead of along with it.
+        ops: who computes the convolution, see ops/choose.py.
 
     Raises:
         UserError: heads or groups cannot be shared by the group's ranks.
@@ -67,9 +68,10 @@ class Mamba2Mixer(SSMMixer):
         pp_layer_offset: int = 0,
         name: str | None = None,
         exact_norm: bool = False,
+        ops: str = "auto",
     ) -> None:
         dims = mixer_config if isinstance(mixer_config, Mamba2Config) else mixer_config(config)
-        super().__init__(config, mamba2_parameters(dims, d_model), layer_number, pg_collection, pp_layer_offset)
+        super().__init__(config, mamba2_parameters(dims, d_model), layer_number, pg_collection, pp_layer_offset, ops)
         self.dims = dims
         self.in_proj = self.column_linear(submodules.in_proj, "in_proj", name)
         self.out_proj = self.row_linear(submodules.out_proj, "out_proj", name)
@@ -109,16 +111,16 @@ class Mamba2Mixer(SSMMixer):
         return x, dt, -torch.exp(self.A_log), B, C, self.D, self.dt_bias, self.dims.dt_limit
 
     def scan(self, tokens: Tensors, state: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        y, state = ops.ssd(*self._scan_arguments(tokens), state)
+        y, state = ssd_reference.ssd(*self._scan_arguments(tokens), state)
         return y.flatten(-2), state
 
     def ssm_prefill(
         self, tokens: Tensors, states: torch.Tensor, slots: torch.Tensor, cu_seqlens: torch.Tensor
     ) -> torch.Tensor:
-        return ops.ssd_varlen(*self._scan_arguments(tokens), states, slots, cu_seqlens).flatten(-2)
+        return ssd_reference.ssd_varlen(*self._scan_arguments(tokens), states, slots, cu_seqlens).flatten(-2)
 
     def ssm_decode(self, tokens: Tensors, states: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-        return ops.ssd_step(*self._scan_arguments(tokens), states, slots).flatten(-2)
+        return ssd_reference.ssd_step(*self._scan_arguments(tokens), states, slots).flatten(-2)
 
     def finish(self, y: torch.Tensor, around: Tensors) -> tuple[torch.Tensor, torch.Tensor | None]:
         if not self._norm_rides:

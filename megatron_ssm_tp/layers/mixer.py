@@ -20,7 +20,8 @@ from megatron.core.utils import deprecate_inference_params
 from torch import nn
 
 from ..errors import UserError
-from ..ops import reference as ops
+from ..ops import reference
+from ..ops.choose import implementation
 from ..partition.parameters import Table
 from .partitioned import PartitionedModule
 
@@ -39,9 +40,10 @@ class SSMMixer(PartitionedModule):
         config: Megatron's config; params_dtype is the dtype of all parameters but those the table keeps in float32.
         table: parameters by their names in the module.
         pg_collection: its `tp` group is the one the mixer is cut over.
+        ops: who computes convolution and scan in inference with a dynamic context, see ops/choose.py.
 
     Raises:
-        UserError: the table cannot be shared by the group's ranks.
+        UserError: the table cannot be shared by the group's ranks, or there is no such implementation.
     """
 
     cache_symbol = Symbols.MAMBA
@@ -54,8 +56,10 @@ class SSMMixer(PartitionedModule):
         layer_number: int,
         pg_collection: ProcessGroupCollection,
         pp_layer_offset: int,
+        ops: str = "auto",
     ) -> None:
         super().__init__(config, table, pg_collection.tp)
+        self.ops = implementation(ops)
         self.layer_number, self.cache_number = layer_number, layer_number - pp_layer_offset
 
     def _build_parameters(self, device: torch.device) -> None:
@@ -147,7 +151,7 @@ class SSMMixer(PartitionedModule):
 
     def _dense(self, x: torch.Tensor, around: Tensors, states: States | None) -> tuple[torch.Tensor, States]:
         conv_state, ssm_state = states or (None, None)
-        convolved, conv_state = ops.causal_conv1d(x.transpose(0, 1), *self.conv_weights(), conv_state)
+        convolved, conv_state = reference.causal_conv1d(x.transpose(0, 1), *self.conv_weights(), conv_state)
         tokens = self.inputs(convolved.transpose(0, 1), around)
         y, ssm_state = self.scan(tuple(t.transpose(0, 1) for t in tokens), ssm_state)
         return y.transpose(0, 1).contiguous(), (conv_state, ssm_state)
@@ -183,11 +187,11 @@ class SSMMixer(PartitionedModule):
         convolved = torch.zeros_like(x)
         if decodes:
             decode_slots = metadata.batch_indices_decode[:decodes].long()
-            convolved[decode] = ops.causal_conv1d_step(x[decode], *self.conv_weights(), conv_states, decode_slots)
+            convolved[decode] = self.ops.causal_conv1d_step(x[decode], *self.conv_weights(), conv_states, decode_slots)
         if prefills:
             prefill_slots = metadata.batch_indices_prefill[:prefills].long()
             cu_seqlens = metadata.cu_seqlens[: prefills + 1]
-            convolved[prefill] = ops.causal_conv1d_varlen(
+            convolved[prefill] = self.ops.causal_conv1d_varlen(
                 x[prefill], *self.conv_weights(), conv_states, prefill_slots, cu_seqlens
             )
         inputs = [t.squeeze(1) for t in self.inputs(convolved.unsqueeze(1), around)]

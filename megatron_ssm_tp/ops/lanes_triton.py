@@ -1,0 +1,118 @@
+"""Where a program of packed sequences stands, and how its lanes hold channels: functions for kernels over [T, D].
+
+A sequence is cut into chunks. Chunk number c of sequence i has slot cu_seqlens[i] // chunk + i + c: no two have the
+same, all are below T // chunk + sequences, and nobody on the host needs to know a length.
+
+Lane i of a program holds channels 2 i and 2 i + 1, so that a lane's bfloat16 come as one word: a token's row is a tile
+[LANES, 2], what is computed with is a pair of tensors, one of each parity.
+"""
+
+import triton
+import triton.language as tl
+
+_SEARCH = tl.constexpr(128)  # sequences looked at at once
+
+
+@triton.jit
+def sequence_of(cu_seqlens_ptr, sequences, slot, chunk):
+    """The sequence whose slot this is, its first slot, its first token (int64), and how many it has."""
+    found = 0
+    for start in range(0, sequences, _SEARCH):
+        i = start + tl.arange(0, _SEARCH)
+        first = tl.load(cu_seqlens_ptr + i, mask=i < sequences, other=0).to(tl.int32) // chunk + i
+        found += tl.sum(((first <= slot) & (i < sequences)).to(tl.int32), axis=0)
+    sequence = found - 1
+    begin = tl.load(cu_seqlens_ptr + sequence).to(tl.int32)
+    length = tl.load(cu_seqlens_ptr + sequence + 1).to(tl.int32) - begin
+    return sequence, begin // chunk + sequence, begin.to(tl.int64), length
+
+
+@triton.jit
+def chunk_of(cu_seqlens_ptr, sequences, slot, chunk, MULTIPLE: tl.constexpr):
+    """The sequence, its first slot, the chunk's first token (int64) and tokens (0: no chunk), whether it is the last.
+
+    Chunks of a sequence are of one length near `chunk`, a multiple of MULTIPLE, but for the last, which is no longer.
+    """
+    sequence, first, begin, length = sequence_of(cu_seqlens_ptr, sequences, slot, chunk)
+    chunks = tl.maximum((length + chunk // 2) // chunk, 1)
+    size = tl.cdiv(tl.cdiv(length, chunks), MULTIPLE) * MULTIPLE
+    done = (slot - first) * size
+    tokens = tl.minimum(tl.maximum(length - done, 0), size)
+    return sequence, first, begin + done, tokens, done + tokens >= length
+
+
+@triton.jit
+def channels_of(block, head_channels, head_blocks, LANES: tl.constexpr):
+    """Of a block of 2 * LANES channels of one head: the head, each lane's first channel, and which channels are."""
+    head = block // head_blocks
+    within = block % head_blocks * (2 * LANES) + 2 * tl.arange(0, LANES)
+    return head, head * head_channels + within, (within < head_channels, within + 1 < head_channels)
+
+
+@triton.jit
+def pair_of(row_ptr, pair, mask):
+    """Values of a vector [D], float32."""
+    first = tl.load(row_ptr + pair, mask=mask[0], other=0.0)
+    second = tl.load(row_ptr + pair + 1, mask=mask[1], other=0.0)
+    return first.to(tl.float32), second.to(tl.float32)
+
+
+@triton.jit
+def load_row(token_ptr, pair, mask, there, MASKED: tl.constexpr):
+    """A token's row [LANES, 2] as it comes, if the token is `there`. token_ptr is a scalar: its first channel's."""
+    at = token_ptr + (pair[:, None] + tl.arange(0, 2)[None, :])
+    if MASKED:
+        return tl.load(at, mask=tl.join(mask[0], mask[1]) & there, other=0.0)
+    else:
+        return tl.load(at, mask=there)
+
+
+@triton.jit
+def store_row(token_ptr, pair, first, second, mask, MASKED: tl.constexpr):
+    at = token_ptr + (pair[:, None] + tl.arange(0, 2)[None, :])
+    row = tl.join(first, second).to(token_ptr.dtype.element_ty)
+    if MASKED:
+        tl.store(at, row, mask=tl.join(mask[0], mask[1]))
+    else:
+        tl.store(at, row)
+
+
+@triton.jit
+def split_row(row):
+    """A row as a pair, float32."""
+    return tl.split(row.to(tl.float32))
+
+
+@triton.jit
+def shared_row(at, n, d_state, MASKED: tl.constexpr):
+    """B or C of a token, float32 [N]."""
+    if MASKED:
+        return tl.load(at + n, mask=n < d_state, other=0.0).to(tl.float32)
+    else:
+        return tl.load(at + n).to(tl.float32)
+
+
+@triton.jit
+def load_state(
+    at, lanes, parity, channel_stride, row_stride, row, N: tl.constexpr, LANES: tl.constexpr, other: tl.constexpr
+):
+    """Rows `row` .. row + N of a state, or of A, of the channels of one parity: float32 [N, LANES]."""
+    address, inside = _in_state(at, lanes, parity, channel_stride, row_stride, row, N, LANES)
+    return tl.load(address, mask=inside, other=other).to(tl.float32)
+
+
+@triton.jit
+def store_state(at, state, lanes, parity, channel_stride, row_stride, row, N: tl.constexpr, LANES: tl.constexpr):
+    address, inside = _in_state(at, lanes, parity, channel_stride, row_stride, row, N, LANES)
+    tl.store(address, state.to(at.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _in_state(at, lanes, parity, channel_stride, row_stride, row, N: tl.constexpr, LANES: tl.constexpr):
+    pair, mask, d_state = lanes
+    n = row + tl.arange(0, N)
+    address = at + (pair + parity)[None, :] * channel_stride + n[:, None] * row_stride
+    # Said to follow each other from lane to lane, one value each (which is harmless): a load then keeps a column in one
+    # thread, instead of spreading it for the sake of wider loads.
+    address = tl.max_contiguous(tl.multiple_of(address, [4, 4]), [1, LANES])
+    return address, (n < d_state)[:, None] & mask[parity][None, :]

@@ -1,0 +1,67 @@
+"""Which implementation of the operators is picked, and how prompts are cut into chunks."""
+
+import pickle
+
+import pytest
+import torch
+
+from megatron_ssm_tp import UserError
+from megatron_ssm_tp.ops import choose, reference
+
+PER_OPERATOR = pytest.mark.parametrize("op", choose.OPS)
+
+
+def test_without_cuda_it_is_the_reference_and_says_so():
+    found = choose.implementation()
+    assert found.name == "reference" and found.reason == "no CUDA device"
+    assert all(getattr(found, op) is getattr(reference, op) for op in choose.OPS)
+
+
+def test_a_name_that_is_none_and_one_that_cannot_run_here():
+    with pytest.raises(UserError, match="ops='cuda': is no implementation; legal: auto, triton, reference"):
+        choose.implementation("cuda")
+    with pytest.raises(UserError, match="ops='triton': cannot run here: no CUDA device; legal: auto, reference"):
+        choose.implementation("triton")
+
+
+@PER_OPERATOR
+def test_with_cuda_it_is_triton_but_not_for_the_cpus_tensors(monkeypatch, op):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert choose.implementation("reference").name == "reference"
+    found = choose.implementation()
+    assert found.name == "triton" and pickle.loads(pickle.dumps(found)) is not None
+    called = []
+    truth, kernel = (lambda *a, who=who: called.append(who) for who in ("reference", "kernel"))
+    choose._by_tensors(kernel, truth, torch.zeros(1), None)
+    choose._by_tensors(kernel, truth, _OnGpu(), None)
+    choose._by_tensors(kernel, truth, _OnGpu(), torch.zeros(1, requires_grad=True))
+    with torch.no_grad():
+        choose._by_tensors(kernel, truth, _OnGpu(), torch.zeros(1, requires_grad=True))
+    assert called == ["reference", "kernel", "reference", "kernel"]
+    assert getattr(found, op).args[1] is getattr(reference, op)
+    assert getattr(found, op).args[0].__name__ == op
+
+
+class _OnGpu:
+    is_cuda, requires_grad = True, False
+
+
+@pytest.mark.parametrize(
+    ("tokens", "sequences", "channels", "expected"),
+    [
+        (8192, 1, 8192, 1024),  # 128 warps a chunk, 1056 wanted
+        (8192, 1, 4096, 512),
+        (16384, 8, 8192, 2048),  # the batch alone fills the GPU
+        (16384, 8, 4096, 1024),
+        (16800, 8, 8192, 2100),  # no second chunk for the last few tokens
+        (60, 1, 8192, 64),
+    ],
+)
+def test_as_many_chunks_as_fill_the_gpu(monkeypatch, tokens, sequences, channels, expected):
+    pytest.importorskip("triton")
+    from megatron_ssm_tp.ops import selective_scan
+
+    monkeypatch.setattr(selective_scan, "_multiprocessors", lambda device: 132)
+    shape = selective_scan._Shape(tokens, sequences, channels, 1, 16)
+    assert shape.chunk(selective_scan.ScanLaunch(warps_per_sm=8), torch.device("cuda")) == expected

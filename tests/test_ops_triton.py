@@ -1,0 +1,104 @@
+"""The scan's and the convolution's kernels in Triton's interpreter, on the CPU, against the references."""
+
+import ops_jobs as jobs
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ops_jobs import Case
+
+pytest.importorskip("triton")
+CHUNK = 8
+lengths = st.lists(st.one_of(st.integers(1, 3), st.integers(1, 3 * CHUNK + 1)), min_size=1, max_size=4)
+dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
+launches = st.fixed_dictionaries(
+    {
+        "chunk": st.sampled_from([CHUNK, CHUNK + 3, 1000]),
+        "groups": st.sampled_from([1, 2, 4]),
+        "polynomial": st.sampled_from([0, 3]),
+        "back_polynomial": st.sampled_from([0, 16]),
+        "ahead": st.booleans(),
+        "widen": st.booleans(),
+    }
+)
+widths = st.integers(2, 4)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    lengths=lengths.filter(lambda found: sum(found) < 40),
+    shape=st.sampled_from([(7, None), (64, None), (66, None), (14, 2), (9, 3)]),
+    d_state=st.sampled_from([8, 16, 16, 5]),
+    dtype=dtypes,
+    gap=st.sampled_from([0, 3]),
+    how=launches,
+    seed=st.integers(0, 99),
+)
+def test_packed_prompts_are_scanned_as_by_the_reference(interpreted, lengths, shape, d_state, dtype, gap, how, seed):
+    case = Case(tuple(lengths), shape[0], d_state, shape[1], dtype, gap=gap, slot_gap=gap, how=how, seed=seed)
+    assert interpreted(jobs.compare_scan, case) == ""
+
+
+@pytest.mark.parametrize("d_state", [64, 128])
+def test_wide_states(interpreted, d_state):
+    case = Case((19, 3), 5, d_state, how={"chunk": CHUNK})
+    assert interpreted(jobs.compare_scan, case) == ""
+
+
+@pytest.mark.parametrize("steady", [True, False])
+def test_many_chunks_and_states_that_last(interpreted, steady):
+    """States that outlive all chunks, and such that are gone before a chunk ends."""
+    for backwards in (False, True):
+        case = Case((45, 2), 6, steady=steady, backwards=backwards, how={"chunk": CHUNK})
+        assert interpreted(jobs.compare_scan, case) == ""
+
+
+def test_states_of_16_bits(interpreted):
+    case = Case((9, 2), 6, dtype=torch.bfloat16, state_dtype=torch.bfloat16, how={"chunk": 1000})
+    assert interpreted(jobs.compare_scan, case) == ""
+
+
+def test_more_sequences_than_are_looked_at_at_once(interpreted):
+    assert interpreted(jobs.compare_scan, Case((1,) * 60 + (2,) * 75, 2, 2, how={"chunk": CHUNK})) == ""
+
+
+@settings(max_examples=10, deadline=None)
+@given(length=st.integers(2, 25), data=st.data())
+def test_a_prompt_split_anywhere_gives_the_states_and_outputs_of_the_whole(interpreted, length, data):
+    at = data.draw(st.integers(1, length - 1))
+    case = Case((length,), 7, seed=length, how={"chunk": data.draw(st.sampled_from([CHUNK, 1000]))})
+    assert interpreted(jobs.compare_split_scan, case, at) == ""
+    assert interpreted(jobs.compare_split_conv, case, data.draw(widths), at) == ""
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    requests=st.integers(1, 4),
+    shape=st.sampled_from([(7, None), (130, None), (14, 2)]),
+    d_state=st.sampled_from([5, 8, 16, 64]),
+    dtype=dtypes,
+    gap=st.sampled_from([0, 3]),
+)
+def test_steps(interpreted, requests, shape, d_state, dtype, gap):
+    case = Case((1,) * requests, shape[0], d_state, shape[1], dtype, gap=gap, slot_gap=gap)
+    assert interpreted(jobs.compare_step, case) == ""
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    lengths=lengths,
+    channels=st.sampled_from([1, 7, 33]),
+    width=widths,
+    bias=st.booleans(),
+    dtype=dtypes,
+    gap=st.sampled_from([0, 3]),
+    backwards=st.booleans(),
+    tokens=st.sampled_from([4, CHUNK]),
+)
+def test_packed_prompts_are_convolved_as_by_the_reference(
+    interpreted, lengths, channels, width, bias, dtype, gap, backwards, tokens
+):
+    case = Case(tuple(lengths), channels, dtype=dtype, gap=gap, slot_gap=gap, backwards=backwards, seed=sum(lengths))
+    assert interpreted(jobs.compare_conv, case, width, bias, (tokens, 16, 1)) == ""
+    steps = Case((1,) * len(lengths), channels, dtype=dtype, state_dtype=dtype, gap=gap, slot_gap=gap)
+    assert interpreted(jobs.compare_conv_step, steps, width, bias) == ""
