@@ -156,7 +156,7 @@ class Soak:
         self.graphs: list[Batch] = []
         self.records: list[Record] = []
         self.report = Report()
-        self.made = 0
+        self.made, self.told = 0, monotonic()
 
     def step(self) -> None:
         """A new batch, or a burst of replays."""
@@ -198,6 +198,13 @@ class Soak:
         self.records = []
         return bool(stops.any())
 
+    def tell(self, left: float) -> None:
+        """On stderr, every half minute: a run that ends early has shown what it had done until then."""
+        if dist.get_rank() == 0 and monotonic() > self.told + 30:
+            self.told = monotonic()
+            done = f"{self.report.calls.total()} calls, {len(self.report.failures)} failures, {max(0, left):.0f} s left"
+            print(done, file=sys.stderr, flush=True)
+
     def run(self, seconds: float, most_calls: int | None) -> Report:
         """Until the time is up, or so many calls are made."""
         deadline, over = monotonic() + seconds, False
@@ -205,6 +212,7 @@ class Soak:
             while len(self.records) < _EXCHANGED:
                 self.step()
             over = self.exchange(monotonic() > deadline or (most_calls is not None and self.made >= most_calls))
+            self.tell(deadline - monotonic())
         self.graphs.clear()
         return self.report
 
