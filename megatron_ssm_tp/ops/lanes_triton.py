@@ -58,59 +58,22 @@ def pair_of(row_ptr, pair, mask):
 
 
 @triton.jit
-def load_row(token_ptr, pair, mask, there, MASKED: tl.constexpr):
-    """A token's row [LANES, 2] as it comes, if the token is `there`. token_ptr is a scalar: its first channel's."""
-    at = token_ptr + (pair[:, None] + tl.arange(0, 2)[None, :])
-    if MASKED:
-        return tl.load(at, mask=tl.join(mask[0], mask[1]) & there, other=0.0)
-    else:
-        return tl.load(at, mask=there)
+def load_state(at, lanes, parity, channel_stride, row_stride, N: tl.constexpr, LANES: tl.constexpr):
+    """A state, or A, of the channels of one parity: float32 [N, LANES], zeros where there is none."""
+    address, inside = _in_state(at, lanes, parity, channel_stride, row_stride, N, LANES)
+    return tl.load(address, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def store_row(token_ptr, pair, first, second, mask, MASKED: tl.constexpr):
-    at = token_ptr + (pair[:, None] + tl.arange(0, 2)[None, :])
-    row = tl.join(first, second).to(token_ptr.dtype.element_ty)
-    if MASKED:
-        tl.store(at, row, mask=tl.join(mask[0], mask[1]))
-    else:
-        tl.store(at, row)
-
-
-@triton.jit
-def split_row(row):
-    """A row as a pair, float32."""
-    return tl.split(row.to(tl.float32))
-
-
-@triton.jit
-def shared_row(at, n, d_state, MASKED: tl.constexpr):
-    """B or C of a token, float32 [N]."""
-    if MASKED:
-        return tl.load(at + n, mask=n < d_state, other=0.0).to(tl.float32)
-    else:
-        return tl.load(at + n).to(tl.float32)
-
-
-@triton.jit
-def load_state(
-    at, lanes, parity, channel_stride, row_stride, row, N: tl.constexpr, LANES: tl.constexpr, other: tl.constexpr
-):
-    """Rows `row` .. row + N of a state, or of A, of the channels of one parity: float32 [N, LANES]."""
-    address, inside = _in_state(at, lanes, parity, channel_stride, row_stride, row, N, LANES)
-    return tl.load(address, mask=inside, other=other).to(tl.float32)
-
-
-@triton.jit
-def store_state(at, state, lanes, parity, channel_stride, row_stride, row, N: tl.constexpr, LANES: tl.constexpr):
-    address, inside = _in_state(at, lanes, parity, channel_stride, row_stride, row, N, LANES)
+def store_state(at, state, lanes, parity, channel_stride, row_stride, N: tl.constexpr, LANES: tl.constexpr):
+    address, inside = _in_state(at, lanes, parity, channel_stride, row_stride, N, LANES)
     tl.store(address, state.to(at.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _in_state(at, lanes, parity, channel_stride, row_stride, row, N: tl.constexpr, LANES: tl.constexpr):
+def _in_state(at, lanes, parity, channel_stride, row_stride, N: tl.constexpr, LANES: tl.constexpr):
     pair, mask, d_state = lanes
-    n = row + tl.arange(0, N)
+    n = tl.arange(0, N)
     address = at + (pair + parity)[None, :] * channel_stride + n[:, None] * row_stride
     # Said to follow each other from lane to lane, one value each (which is harmless): a load then keeps a column in one
     # thread, instead of spreading it for the sake of wider loads.

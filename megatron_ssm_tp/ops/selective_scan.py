@@ -34,7 +34,6 @@ from functools import cache
 import torch
 import triton
 
-from .chunk_states_triton import chunk_states
 from .selective_scan_triton import scan_chunks
 from .state_step_triton import state_step
 
@@ -43,31 +42,25 @@ SHORTEST_CHUNK = 64
 
 @dataclass(frozen=True)
 class ScanLaunch:
-    """How the kernels of a prefill are launched.
+    """How the kernel of a prefill is launched.
 
     Args:
         chunk: tokens in a chunk, about; None is what fills the GPU.
         warps: of a program; it has 64 channels a warp.
-        unroll: tokens whose loads are in flight together; chunks are multiples.
-        polynomial: how many of 16 exponentials `scan_chunks` gives to the multiply-add units.
-        back_polynomial: the same of `chunk_states`.
-        groups: parts of the states that `chunk_states` follows for as long as each matters: 1, 2 or 4.
-        ahead: load x, dt and z of the next tokens before these are computed, instead of leaving it to other warps.
-        widen: copy B and C to float32 first, instead of in every program.
+        stages: groups of four tokens that are loaded ahead, and one.
+        polynomial: how many of 16 exponentials are given to the multiply-add units where y is computed.
+        states_polynomial: the same where only states are.
         warps_per_sm: how many warps fill an SM.
-        max_registers: a thread's, in `scan_chunks` and `chunk_states`; None is what the compiler takes.
+        max_registers: a thread's; None is what the compiler takes.
     """
 
     chunk: int | None = None
     warps: int = 1
-    unroll: int = 8
-    polynomial: int = 5
-    back_polynomial: int = 0
-    groups: int = 2
-    ahead: bool = False
-    widen: bool = False
-    warps_per_sm: int = 32
-    max_registers: tuple[int | None, int | None] = (None, None)
+    stages: int = 3
+    polynomial: int = 2
+    states_polynomial: int = 4
+    warps_per_sm: int = 12
+    max_registers: int | None = None
 
 
 DEFAULT = ScanLaunch()
@@ -103,25 +96,20 @@ def selective_scan_varlen(
     if not out.numel() or cu_seqlens.numel() < 2:
         return out
     x, dt, z = (last_axis_dense(t) for t in (x, dt, z))
-    B, C = (_by_head(t.float() if how.widen else t) for t in (B, C))
     A, D, dt_bias, cached = A.float().contiguous(), D.contiguous(), dt_bias.contiguous(), dense_states(states)
-    shape = _Shape(len(x), cu_seqlens.numel() - 1, x.shape[1], B.shape[1], A.shape[1])
+    shape = _Shape(len(x), cu_seqlens.numel() - 1, x.shape[1], 1 if B.dim() == 2 else B.shape[1], A.shape[1])
     lanes, chunk = shape.lanes(how.warps), how.chunk or shape.chunk(how, x.device)
     cut = 2 * shape.tokens >= 3 * chunk  # the shortest that chunk_of cuts is 1.5 chunks
     grid = shape.grid(lanes, shape.tokens // chunk + shape.sequences)
     starts = A.new_empty(grid[1] if cut else 0, shape.d_state, shape.channels)
     steps = A.new_empty(grid[1] if cut else 0, shape.channels)
-    where = (cached, slots, cu_seqlens, starts, steps, shape.sequences, *shape.geometry(lanes), chunk)
-    options = {"N": shape.padded, "LANES": lanes, "UNROLL": how.unroll, "MASKED": shape.masked(lanes)}
-    options["num_warps"] = how.warps
+    given = (x, dt, z, out, A, _packed(B, C, shape), D, dt_bias, cached, slots, cu_seqlens, starts, steps)
+    numbers = (shape.sequences, *shape.geometry(lanes), chunk, x.stride(0), dt.stride(0), z.stride(0), cached.stride(0))
+    options = {"N": shape.padded, "LANES": lanes, "STAGES": how.stages, "MASKED": shape.masked(lanes)}
+    options |= {"num_warps": how.warps, "maxnreg": how.max_registers}
     if cut:
-        strides = (x.stride(0), dt.stride(0), *B.stride()[:2], cached.stride(0))
-        own = {"GROUPS": min(how.groups, shape.padded), "POLYNOMIAL": how.back_polynomial}
-        chunk_states[grid](x, dt, A, B, dt_bias, *where, *strides, **options, **own, maxnreg=how.max_registers[1])
-    strides = (x.stride(0), dt.stride(0), z.stride(0), *B.stride()[:2], *C.stride()[:2], cached.stride(0))
-    own = {"AHEAD": how.ahead, "POLYNOMIAL": how.polynomial}
-    given = (x, dt, z, out, A, B, C, D, dt_bias)
-    scan_chunks[grid](*given, *where, *strides, **options, **own, maxnreg=how.max_registers[0])
+        scan_chunks[grid](*given, *numbers, POLYNOMIAL=how.states_polynomial, STATES_ONLY=True, **options)
+    scan_chunks[grid](*given, *numbers, POLYNOMIAL=how.polynomial, STATES_ONLY=False, **options)
     if cached is not states:
         states.copy_(cached)
     return out
@@ -184,12 +172,12 @@ class _Shape:
         return max(1, 32 * warps * 16 // max(16, self.padded))
 
     def masked(self, lanes: int) -> bool:
-        """Whether some lanes or rows of a tile are of no channel or state."""
-        return self.head_channels % (2 * lanes) != 0 or self.d_state != self.padded
+        """Whether some lanes of a tile are of no channel."""
+        return self.head_channels % (2 * lanes) != 0
 
-    def geometry(self, lanes: int) -> tuple[int, int, int, int]:
-        """What kernels are told: channels, channels of a head, programs for these, d_state."""
-        return self.channels, self.head_channels, -(-self.head_channels // (2 * lanes)), self.d_state
+    def geometry(self, lanes: int) -> tuple[int, int, int, int, int]:
+        """What kernels are told: channels, heads, channels of a head, programs for these, d_state."""
+        return self.channels, self.heads, self.head_channels, -(-self.head_channels // (2 * lanes)), self.d_state
 
     def grid(self, lanes: int, slots: int) -> tuple[int, int]:
         """Programs for a chunk, or for a request, and how many there may be of these."""
@@ -218,6 +206,15 @@ def last_axis_dense(x: torch.Tensor) -> torch.Tensor:
 def dense_states(states: torch.Tensor) -> torch.Tensor:
     """states [slots, D, ..], copied if a slot has gaps; slots may be any number of values apart."""
     return states if states[0].is_contiguous() else states.contiguous()
+
+
+def _packed(B: torch.Tensor, C: torch.Tensor, shape: _Shape) -> torch.Tensor:
+    """B and C side by side, as every program of the scan reads them: float32 [T, H, 2, padded N]."""
+    packed = B.new_zeros if shape.padded != shape.d_state else B.new_empty
+    packed = packed((shape.tokens, shape.heads, 2, shape.padded), dtype=torch.float32)
+    for i, shared in enumerate((B, C)):
+        packed[:, :, i, : shape.d_state] = _by_head(shared)
+    return packed
 
 
 def _by_head(shared: torch.Tensor) -> torch.Tensor:
