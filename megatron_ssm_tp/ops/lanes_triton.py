@@ -1,7 +1,7 @@
 """Where a program of packed sequences stands, and how its lanes hold channels: functions for kernels over [T, D].
 
-A sequence is cut into chunks. Chunk number c of sequence i has slot cu_seqlens[i] // chunk + i + c: no two have the
-same, all are below T // chunk + sequences, and nobody on the host needs to know a length.
+A sequence is cut into chunks. A slot is a chunk's number: no two have the same, all are below T // chunk + sequences,
+and nobody on the host needs to know a length.
 
 Lane i of a program holds channels 2 i and 2 i + 1, so that a lane's bfloat16 come as one word: a token's row is a tile
 [LANES, 2], what is computed with is a pair of tensors, one of each parity.
@@ -15,7 +15,10 @@ _SEARCH = tl.constexpr(128)  # sequences looked at at once
 
 @triton.jit
 def sequence_of(cu_seqlens_ptr, sequences, slot, chunk):
-    """The sequence whose slot this is, its first slot, its first token (int64), and how many it has."""
+    """The sequence whose slot this is, its first slot, its first token (int64), and how many it has.
+
+    Chunk number c of sequence i has slot cu_seqlens[i] // chunk + i + c: some slots have none.
+    """
     found = 0
     for start in range(0, sequences, _SEARCH):
         i = start + tl.arange(0, _SEARCH)
@@ -32,13 +35,34 @@ def chunk_of(cu_seqlens_ptr, sequences, slot, chunk, MULTIPLE: tl.constexpr):
     """The sequence, its first slot, the chunk's first token (int64) and tokens (0: no chunk), whether it is the last.
 
     Chunks of a sequence are of one length near `chunk`, a multiple of MULTIPLE, but for the last, which is no longer.
+    Slots without a chunk are behind all others: programs that end at once, between ones that work long, would leave
+    some multiprocessors with twice the work of others.
     """
-    sequence, first, begin, length = sequence_of(cu_seqlens_ptr, sequences, slot, chunk)
-    chunks = tl.maximum((length + chunk // 2) // chunk, 1)
-    size = tl.cdiv(tl.cdiv(length, chunks), MULTIPLE) * MULTIPLE
-    done = (slot - first) * size
-    tokens = tl.minimum(tl.maximum(length - done, 0), size)
-    return sequence, first, begin + done, tokens, done + tokens >= length
+    sequence, first, before = 0, 0, 0
+    for start in range(0, sequences, _SEARCH):
+        i = start + tl.arange(0, _SEARCH)
+        begins = tl.load(cu_seqlens_ptr + i, mask=i < sequences, other=0).to(tl.int32)
+        lengths = tl.load(cu_seqlens_ptr + i + 1, mask=i < sequences, other=0).to(tl.int32) - begins
+        counts = tl.where(i < sequences, _chunks(lengths, chunk), 0)
+        passed = (before + tl.cumsum(counts, axis=0) <= slot) & (i < sequences)
+        sequence += tl.sum(passed.to(tl.int32), axis=0)
+        first += tl.sum(tl.where(passed, counts, 0), axis=0)
+        before += tl.sum(counts, axis=0)
+    begin, tokens, last = tl.zeros((), tl.int64), 0, True
+    if slot < before:
+        start = tl.load(cu_seqlens_ptr + sequence).to(tl.int32)
+        length = tl.load(cu_seqlens_ptr + sequence + 1).to(tl.int32) - start
+        size = tl.cdiv(tl.cdiv(length, _chunks(length, chunk)), MULTIPLE) * MULTIPLE
+        done = (slot - first) * size
+        tokens = tl.minimum(tl.maximum(length - done, 0), size)
+        begin, last = (start + done).to(tl.int64), done + tokens >= length
+    return sequence, first, begin, tokens, last
+
+
+@triton.jit
+def _chunks(length, chunk):
+    """How many chunks a sequence has."""
+    return tl.maximum((length + chunk // 2) // chunk, 1)
 
 
 @triton.jit

@@ -5,27 +5,18 @@ Counted a token and channel at N = 16, for bfloat16 (x, dt, z in, y out), of wha
     bytes          8: 0.18 ms for 8192 tokens x 8192 channels at 3 TB/s
     exponentials   16, and 3 of their like for softplus and gate: of special-function units, which take a warp's in 8
                    cycles, that is 152 cycles of a quarter SM, 0.34 ms for all of an H100 at 1.755 GHz
-    instructions   118, of which 64 are the recurrence's multiplications and additions and 8 loads of B and C: 118
-                   cycles of the same
+    instructions   130, of which 80 are the recurrence's: 130 cycles of the same
 
 So some of the 16 go to the multiply-add units as polynomials, 8 instructions more each: with 2 of them 17 are left, 136
-cycles, beside 134 instructions, about 0.3 ms. There is no shuffle and no shared memory among these, for a thread holds
-two channels with all their states; but then 8192 channels are only 128 warps, a quarter of what keeps the units busy,
-and prompts have to be cut in time too:
-
-1. `chunk_states`: what each chunk leaves of its own tokens (4 bytes, 17 exponentials, 92 to 98 instructions). It walks
-   from the chunk's end, where a token's weight is exp(A * dt after it): no exponential waits for another, and once they
-   vanish for all channels of a program the rest of the chunk is not even read. At A = -1 .. -16 and dt near 0.05 that
-   leaves a third of a chunk of 1024 tokens. Weights below 2^-32 are what is dropped, whatever dt and A are.
-2. `scan_chunks`: each chunk's outputs, from the state that the ones before it leave: an exponential and a multiply-add
-   a state for each of them.
+cycles, beside 147 instructions, 0.33 ms. There is no shuffle among these, for a thread holds two channels with all
+their states; but then 8192 channels are only 128 warps, a quarter of what hides latencies, and few prompts have to be
+cut in time too: the kernel first computes what each chunk leaves of its own tokens (17 exponentials, 98 instructions;
+but for a sequence's last chunk), then each chunk's outputs from the state that the ones before it leave.
 
 A single pass with look-back would pay exponentials twice as well, since the state at a chunk's start reaches every
 output through them, and would have programs wait for each other. An associative scan with time across lanes pays them
 once, but another multiplication and addition a state, ten shuffles every few tokens, and a transposition of x, dt, z
 and y.
-
-Only as many chunks are cut as fill the GPU: prompts of a batch that fills it are scanned whole.
 """
 
 from dataclasses import dataclass
@@ -38,6 +29,7 @@ from .selective_scan_triton import scan_chunks
 from .state_step_triton import state_step
 
 SHORTEST_CHUNK = 64
+ENOUGH_WARPS, FULL_OF_WARPS = 6, 16  # of a multiprocessor
 
 
 @dataclass(frozen=True)
@@ -45,25 +37,34 @@ class ScanLaunch:
     """How the kernel of a prefill is launched.
 
     Args:
-        chunk: tokens in a chunk, about; None is what fills the GPU.
+        chunk: tokens in a chunk, about.
         warps: of a program; it has 64 channels a warp.
         stages: groups of four tokens that are loaded ahead, and one.
         polynomial: how many of 16 exponentials are given to the multiply-add units where y is computed.
         states_polynomial: the same where only states are.
-        warps_per_sm: how many warps fill an SM.
         max_registers: a thread's; None is what the compiler takes.
     """
 
-    chunk: int | None = None
+    chunk: int
     warps: int = 1
     stages: int = 3
     polynomial: int = 2
-    states_polynomial: int = 4
-    warps_per_sm: int = 12
+    states_polynomial: int = 3
     max_registers: int | None = None
 
 
-DEFAULT = ScanLaunch()
+def launch_for(tokens: int, sequences: int, warps: int, multiprocessors: int) -> ScanLaunch:
+    """Prompts that fill the GPU are not cut, others into as many chunks as fill it; equal prompts into equal chunks.
+
+    Args:
+        warps: that have all channels between them.
+    """
+    mean = -(-tokens // sequences)
+    if sequences * warps >= ENOUGH_WARPS * multiprocessors:
+        return ScanLaunch(chunk=tokens, max_registers=168)
+    size = max(SHORTEST_CHUNK, tokens // max(1, FULL_OF_WARPS * multiprocessors // warps))
+    chunk = max(size, mean) if 2 * mean < 3 * size else -(-mean // round(mean / size))
+    return ScanLaunch(chunk, max_registers=128)
 
 
 def selective_scan_varlen(
@@ -78,7 +79,7 @@ def selective_scan_varlen(
     states: torch.Tensor,
     slots: torch.Tensor,
     cu_seqlens: torch.Tensor,
-    how: ScanLaunch = DEFAULT,
+    how: ScanLaunch | None = None,
 ) -> torch.Tensor:
     """h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t;  y_t = (C_t h_t + D x_t) silu(z_t), with dt = softplus(dt + dt_bias).
 
@@ -98,7 +99,8 @@ def selective_scan_varlen(
     x, dt, z = (last_axis_dense(t) for t in (x, dt, z))
     A, D, dt_bias, cached = A.float().contiguous(), D.contiguous(), dt_bias.contiguous(), dense_states(states)
     shape = _Shape(len(x), cu_seqlens.numel() - 1, x.shape[1], 1 if B.dim() == 2 else B.shape[1], A.shape[1])
-    lanes, chunk = shape.lanes(how.warps), how.chunk or shape.chunk(how, x.device)
+    how = how or launch_for(shape.tokens, shape.sequences, shape.warps, _multiprocessors(x.device))
+    lanes, chunk = shape.lanes(how.warps), how.chunk
     cut = 2 * shape.tokens >= 3 * chunk  # the shortest that chunk_of cuts is 1.5 chunks
     grid = shape.grid(lanes, shape.tokens // chunk + shape.sequences)
     starts = A.new_empty(grid[1] if cut else 0, shape.d_state, shape.channels)
@@ -171,6 +173,11 @@ class _Shape:
         """Lanes of a program: all threads, as long as a thread can hold two whole states."""
         return max(1, 32 * warps * 16 // max(16, self.padded))
 
+    @property
+    def warps(self) -> int:
+        """Programs of one warp that have all channels between them."""
+        return self.grid(self.lanes(1), 1)[0]
+
     def masked(self, lanes: int) -> bool:
         """Whether some lanes of a tile are of no channel."""
         return self.head_channels % (2 * lanes) != 0
@@ -182,15 +189,6 @@ class _Shape:
     def grid(self, lanes: int, slots: int) -> tuple[int, int]:
         """Programs for a chunk, or for a request, and how many there may be of these."""
         return self.heads * -(-self.head_channels // (2 * lanes)), slots
-
-    def chunk(self, how: ScanLaunch, device: torch.device) -> int:
-        """Tokens in a chunk, about, so that the GPU is full; each of equal sequences is cut into equal chunks."""
-        warps = self.grid(self.lanes(how.warps), 1)[0] * how.warps
-        wanted = max(1, how.warps_per_sm * _multiprocessors(device) // warps)
-        size, mean = max(SHORTEST_CHUNK, self.tokens // wanted), -(-self.tokens // self.sequences)
-        if 2 * mean < 3 * size:
-            return max(size, mean)
-        return -(-mean // round(mean / size))
 
 
 @cache
