@@ -111,7 +111,7 @@ def _scan_arguments(given: Inputs, tokens: slice = slice(None)) -> list[torch.Te
 
 def compare_scan(case: Case) -> str:
     given, kernels = inputs_of(case), _kernels()[1]
-    how, where = kernels.ScanLaunch(**case.how), (given.slots, given.cu_seqlens)
+    how, where = kernels.ScanLaunch(**case.how) if case.how else None, (given.slots, given.cu_seqlens)
     arguments = _scan_arguments(given)
     return _compare(
         case,
@@ -136,7 +136,7 @@ def compare_step(case: Case) -> str:
 def compare_split_scan(case: Case, at: int) -> str:
     """One prompt whole by the reference, and in two calls by the kernel."""
     given, kernels = inputs_of(case), _kernels()[1]
-    how, length = kernels.ScanLaunch(**case.how), sum(case.lengths)
+    how, length = kernels.ScanLaunch(**case.how) if case.how else None, sum(case.lengths)
 
     def in_two(states: torch.Tensor) -> torch.Tensor:
         parts = [

@@ -48,20 +48,18 @@ class _OnGpu:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "sequences", "channels", "expected"),
+    ("tokens", "sequences", "warps", "expected"),
     [
-        (8192, 1, 8192, 1024),  # 128 warps a chunk, 1056 wanted
-        (8192, 1, 4096, 512),
-        (16384, 8, 8192, 2048),  # the batch alone fills the GPU
-        (16384, 8, 4096, 1024),
-        (16800, 8, 8192, 2100),  # no second chunk for the last few tokens
-        (60, 1, 8192, 64),
+        (8192, 1, 128, 512),  # 2112 warps wanted
+        (8192, 1, 64, 249),
+        (16384, 8, 128, 16384),  # the batch alone fills the GPU
+        (16384, 8, 64, 512),
+        (9000, 6, 64, 250),  # 1500 = 6 x 250: no seventh chunk for the last few tokens
+        (60, 1, 128, 64),
     ],
 )
-def test_as_many_chunks_as_fill_the_gpu(monkeypatch, tokens, sequences, channels, expected):
+def test_as_many_chunks_as_fill_the_gpu(tokens, sequences, warps, expected):
     pytest.importorskip("triton")
-    from megatron_ssm_tp.ops import selective_scan
+    from megatron_ssm_tp.ops.selective_scan import launch_for
 
-    monkeypatch.setattr(selective_scan, "_multiprocessors", lambda device: 132)
-    shape = selective_scan._Shape(tokens, sequences, channels, 1, 16)
-    assert shape.chunk(selective_scan.ScanLaunch(warps_per_sm=8), torch.device("cuda")) == expected
+    assert launch_for(tokens, sequences, warps, 132).chunk == expected

@@ -14,11 +14,9 @@ dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
 launches = st.fixed_dictionaries(
     {
         "chunk": st.sampled_from([CHUNK, CHUNK + 3, 1000]),
-        "groups": st.sampled_from([1, 2, 4]),
+        "stages": st.sampled_from([1, 3]),
         "polynomial": st.sampled_from([0, 3]),
-        "back_polynomial": st.sampled_from([0, 16]),
-        "ahead": st.booleans(),
-        "widen": st.booleans(),
+        "states_polynomial": st.sampled_from([0, 16]),
     }
 )
 widths = st.integers(2, 4)

@@ -182,29 +182,39 @@ class SSMMixer(PartitionedModule):
         conv_states, ssm_states = context.mamba_states_cache(self.cache_number)
         metadata, batch = context.mamba_metadata, context.batch_dimensions
         decodes, prefills, tokens = batch.decode_req_count, batch.prefill_req_count, batch.token_count
-        decode, prefill = slice(0, decodes), slice(decodes, tokens)
         x = x.squeeze(1)
-        convolved = torch.zeros_like(x)
+        decode, prefill = slice(0, decodes), slice(decodes, len(x))  # padding goes with the prompts, which leave it out
+        parts = []
         if decodes:
             decode_slots = metadata.batch_indices_decode[:decodes].long()
-            convolved[decode] = self.ops.causal_conv1d_step(x[decode], *self.conv_weights(), conv_states, decode_slots)
+            parts.append(self.ops.causal_conv1d_step(x[decode], *self.conv_weights(), conv_states, decode_slots))
         if prefills:
             prefill_slots = metadata.batch_indices_prefill[:prefills].long()
             cu_seqlens = metadata.cu_seqlens[: prefills + 1]
-            convolved[prefill] = self.ops.causal_conv1d_varlen(
-                x[prefill], *self.conv_weights(), conv_states, prefill_slots, cu_seqlens
-            )
+            where = (conv_states, prefill_slots, cu_seqlens)
+            parts.append(self.ops.causal_conv1d_varlen(x[prefill], *self.conv_weights(), *where))
+        convolved = _joined(parts, tokens, x)
         inputs = [t.squeeze(1) for t in self.inputs(convolved.unsqueeze(1), around)]
-        y = inputs[0].new_zeros(len(x), inputs[0].shape[1:].numel())
+        parts = []
         if decodes:
-            y[decode] = self.ssm_decode(_part(inputs, decode), ssm_states, decode_slots)
+            parts.append(self.ssm_decode(_part(inputs, decode), ssm_states, decode_slots))
         if prefills:
-            y[prefill] = self.ssm_prefill(_part(inputs, prefill), ssm_states, prefill_slots, cu_seqlens)
-        return y.unsqueeze(1)
+            parts.append(self.ssm_prefill(_part(inputs, prefill), ssm_states, prefill_slots, cu_seqlens))
+        return _joined(parts, tokens, inputs[0].flatten(1)).unsqueeze(1)
 
 
 def _part(tokens: Sequence[torch.Tensor], part: slice) -> Tensors:
     return tuple(t[part] for t in tokens)
+
+
+def _joined(parts: list[torch.Tensor], tokens: int, like: torch.Tensor) -> torch.Tensor:
+    """Parts [.., D] end to end, as many rows as `like`, zero from `tokens` on. One part that is whole is not copied."""
+    missing = len(like) - sum(map(len, parts))
+    if missing:
+        parts = [*parts, like.new_empty(missing, *like.shape[1:])]
+    whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+    whole[tokens:] = 0
+    return whole
 
 
 def _refuse_unsupported(context: BaseInferenceContext) -> None:

@@ -1,13 +1,17 @@
-"""The kernel of selective_scan.py that computes y: a thread holds two channels with all their states and walks in time.
+"""The kernel of selective_scan.py: a thread holds two channels with all their states and walks in time.
 
 States are tiles [N, LANES], one of each parity of channels (lanes_triton.py). As long as a warp's 32 lanes are channels
-a state never leaves its register, sums over N need no other thread, and B and C, in float32, are read 16 bytes at a
-time. Strides by the token are constants: the addresses of UNROLL tokens are then one address and offsets.
+a state never leaves its register and sums over N need no other thread. What a warp waits for is loaded some FOUR tokens
+ahead, into shared memory: x, dt and z, a word a lane and token, and B and C, which all lanes read from there 16 bytes
+at a time.
+
+Launched twice for prompts that are cut: first for what each chunk leaves of its own tokens (STATES_ONLY), then for y.
+In `starts` [slots, N, D] the first slot of a sequence of several chunks holds its initial state, the next ones what
+each earlier chunk leaves; in `steps` [slots, D] stands the sum of that chunk's dt, of which A makes its decay.
 
 What travels between functions in tuples:
 
-    rows    of x, dt, z, y: addresses of a token; strides by the token
-    shared  of B, C: the same
+    rows    of x, dt, z, y: addresses of a chunk's first token; strides by the token
     planes  pairs of A * log2(e) [N, LANES], D [LANES], dt_bias [LANES]
     lanes   each lane's first channel [LANES], which channels are (a pair of [LANES]), d_state
 """
@@ -16,17 +20,9 @@ import triton
 import triton.language as tl
 
 from .elementwise_triton import LOG2E, exp2_rows, silu, softplus
-from .lanes_triton import (
-    channels_of,
-    chunk_of,
-    load_row,
-    load_state,
-    pair_of,
-    shared_row,
-    split_row,
-    store_row,
-    store_state,
-)
+from .lanes_triton import channels_of, chunk_of, load_state, pair_of, store_state
+
+FOUR = tl.constexpr(4)  # tokens that are loaded, and computed, together
 
 
 @triton.jit
@@ -36,8 +32,7 @@ def scan_chunks(
     z_ptr,
     out_ptr,
     A_ptr,
-    B_ptr,
-    C_ptr,
+    BC_ptr,
     D_ptr,
     dt_bias_ptr,
     states_ptr,
@@ -47,52 +42,63 @@ def scan_chunks(
     steps_ptr,
     sequences,
     channels,
+    heads,
     head_channels,
     head_blocks,
     d_state,
     chunk,
-    x_stride: tl.constexpr,
-    dt_stride: tl.constexpr,
-    z_stride: tl.constexpr,
-    B_stride: tl.constexpr,
-    B_head_stride,
-    C_stride: tl.constexpr,
-    C_head_stride,
+    x_stride,
+    dt_stride,
+    z_stride,
     state_stride,
     N: tl.constexpr,
     LANES: tl.constexpr,
-    UNROLL: tl.constexpr,
-    AHEAD: tl.constexpr,
+    STAGES: tl.constexpr,
     POLYNOMIAL: tl.constexpr,
     MASKED: tl.constexpr,
+    STATES_ONLY: tl.constexpr,
 ):
-    """y of every chunk, from the state that the chunks before it leave; the last one's state goes to the cache."""
+    """y of a chunk, from the state that the ones before it leave; a sequence's last chunk's state goes to the cache.
+
+    STATES_ONLY: what every chunk but a sequence's last leaves of its own tokens; the first also saves what it starts
+    from.
+    """
     head, pair, mask = channels_of(tl.program_id(0), head_channels, head_blocks, LANES)
     slot = tl.program_id(1)
-    sequence, first, begin, tokens, last = chunk_of(cu_seqlens_ptr, sequences, slot, chunk, UNROLL)
+    sequence, first, begin, tokens, last = chunk_of(cu_seqlens_ptr, sequences, slot, chunk, FOUR)
+    if STATES_ONLY:
+        tokens = tl.where(last, 0, tokens)
     if tokens > 0:
         lanes = (pair, mask, d_state)
         cached_at = states_ptr + tl.load(slots_ptr + sequence).to(tl.int64) * state_stride
+        start_at = starts_ptr + slot.to(tl.int64) * (d_state * channels)
         A, h = (), ()
         for parity in tl.static_range(2):
-            A_plane = load_state(A_ptr, lanes, parity, d_state, 1, 0, N, LANES, 0.0) * LOG2E
-            if last & (slot == first):
-                state = load_state(cached_at, lanes, parity, d_state, 1, 0, N, LANES, 0.0)
+            plane = load_state(A_ptr, lanes, parity, d_state, 1, N, LANES) * LOG2E
+            if STATES_ONLY:
+                state = tl.zeros((N, LANES), tl.float32)
+                if slot == first:
+                    cached = load_state(cached_at, lanes, parity, d_state, 1, N, LANES)
+                    store_state(start_at, cached, lanes, parity, 1, channels, N, LANES)
+            elif last & (slot == first):
+                state = load_state(cached_at, lanes, parity, d_state, 1, N, LANES)
             else:
-                state = _state_before(starts_ptr, steps_ptr, A_plane, first, slot, lanes, parity, channels, N, LANES)
-            A, h = A + (A_plane,), h + (state,)
-        x_at, dt_at = x_ptr + begin * x_stride, dt_ptr + begin * dt_stride
-        z_at, out_at = z_ptr + begin * z_stride, out_ptr + begin * channels
-        rows = (x_at, dt_at, z_at, out_at, x_stride, dt_stride, z_stride, channels)
-        B_at, C_at = B_ptr + begin * B_stride + head * B_head_stride, C_ptr + begin * C_stride + head * C_head_stride
-        shared = (B_at, C_at, B_stride, C_stride)
+                state = _state_before(starts_ptr, steps_ptr, plane, first, slot, lanes, parity, channels, N, LANES)
+            A, h = A + (plane,), h + (state,)
+        rows = (x_ptr + begin * x_stride, dt_ptr + begin * dt_stride, z_ptr + begin * z_stride)
+        rows = rows + (out_ptr + begin * channels, x_stride, dt_stride, z_stride, channels)
+        BC_at = BC_ptr + (begin * heads + head) * (2 * N)
         planes = (A, pair_of(D_ptr, pair, mask), pair_of(dt_bias_ptr, pair, mask))
-        whole = tokens // UNROLL * UNROLL
-        h, rows, shared = _scan(h, rows, shared, planes, lanes, whole, N, UNROLL, AHEAD, POLYNOMIAL, MASKED)
-        h, rows, shared = _scan(h, rows, shared, planes, lanes, tokens - whole, N, 1, False, POLYNOMIAL, MASKED)
-        if last:
-            for parity in tl.static_range(2):
-                store_state(cached_at, h[parity], lanes, parity, d_state, 1, 0, N, LANES)
+        h, steps = _scan(
+            h, rows, BC_at, heads * 2 * N, planes, lanes, tokens, N, LANES, STAGES, POLYNOMIAL, MASKED, STATES_ONLY
+        )
+        for parity in tl.static_range(2):
+            if STATES_ONLY:
+                store_state(start_at + d_state * channels, h[parity], lanes, parity, 1, channels, N, LANES)
+                at = steps_ptr + (slot + 1).to(tl.int64) * channels + pair + parity
+                tl.store(at, steps[parity], mask=mask[parity])
+            elif last:
+                store_state(cached_at, h[parity], lanes, parity, d_state, 1, N, LANES)
 
 
 @triton.jit
@@ -100,11 +106,11 @@ def _state_before(starts_ptr, steps_ptr, A, first, slot, lanes, parity, channels
     """The state [N, LANES] at a chunk's start."""
     pair, mask, d_state = lanes
     at, steps_at = starts_ptr + first.to(tl.int64) * (d_state * channels), steps_ptr + first.to(tl.int64) * channels
-    state = load_state(at, lanes, parity, 1, channels, 0, N, LANES, 0.0)
+    state = load_state(at, lanes, parity, 1, channels, N, LANES)
     for _ in range(first, slot):
         at += d_state * channels
         steps_at += channels
-        own = load_state(at, lanes, parity, 1, channels, 0, N, LANES, 0.0)
+        own = load_state(at, lanes, parity, 1, channels, N, LANES)
         steps = tl.load(steps_at + pair + parity, mask=mask[parity], other=0.0)
         state = tl.exp2(A * steps[None, :]) * state + own
     return state
@@ -114,58 +120,99 @@ def _state_before(starts_ptr, steps_ptr, A, first, slot, lanes, parity, channels
 def _scan(
     h,
     rows,
-    shared,
+    BC_at,
+    BC_stride,
     planes,
     lanes,
     tokens,
     N: tl.constexpr,
-    UNROLL: tl.constexpr,
-    AHEAD: tl.constexpr,
+    LANES: tl.constexpr,
+    STAGES: tl.constexpr,
     POLYNOMIAL: tl.constexpr,
     MASKED: tl.constexpr,
+    STATES_ONLY: tl.constexpr,
 ):
-    """Store y of `tokens`, a multiple of UNROLL. AHEAD: rows are loaded UNROLL tokens before they are needed."""
+    """The states after `tokens`, and the sums of their dt, a pair; stores y unless STATES_ONLY."""
     x_at, dt_at, z_at, out_at, x_stride, dt_stride, z_stride, out_stride = rows
-    B_at, C_at, B_stride, C_stride = shared
     A, D, bias = planes
     n = tl.arange(0, N)
-    later = ()
-    if AHEAD:
-        later = _rows(x_at, dt_at, z_at, x_stride, dt_stride, z_stride, lanes, tokens > 0, UNROLL, MASKED)
-    for token in range(0, tokens, UNROLL):
-        now = later
-        if not AHEAD:
-            now = _rows(x_at, dt_at, z_at, x_stride, dt_stride, z_stride, lanes, True, UNROLL, MASKED)
-        x_at += UNROLL * x_stride
-        dt_at += UNROLL * dt_stride
-        z_at += UNROLL * z_stride
-        if AHEAD:
-            more = token + UNROLL < tokens
-            later = _rows(x_at, dt_at, z_at, x_stride, dt_stride, z_stride, lanes, more, UNROLL, MASKED)
-        for i in tl.static_range(UNROLL):
-            B, C = shared_row(B_at, n, lanes[2], MASKED), shared_row(C_at, n, lanes[2], MASKED)
-            x, dt, z = split_row(now[i][0]), split_row(now[i][1]), split_row(now[i][2])
-            new_h, y = (), ()
+    steps = (tl.zeros((LANES,), tl.float32), tl.zeros((LANES,), tl.float32))
+    for token in tl.range(0, tokens, FOUR, num_stages=STAGES):
+        xs = _four_rows(x_at, x_stride, token, tokens, lanes, MASKED)
+        dts = _four_rows(dt_at, dt_stride, token, tokens, lanes, MASKED)
+        shared = _four_shared(BC_at, BC_stride, token, tokens, N, STATES_ONLY)
+        if not STATES_ONLY:
+            zs = _four_rows(z_at, z_stride, token, tokens, lanes, MASKED)
+        for i in tl.static_range(FOUR):
+            x, dt, there = _pair(xs[i]), _pair(dts[i]), token + i < tokens
+            B = shared[i]
+            if not STATES_ONLY:
+                z = _pair(zs[i])
+                B, C = tl.split(shared[i])
+            new_h, new_steps, y = (), (), ()
             for parity in tl.static_range(2):
-                step = softplus(dt[parity] + bias[parity])
+                step = tl.where(there, softplus(dt[parity] + bias[parity]), 0.0)
                 decay = exp2_rows(step[None, :] * A[parity], n, POLYNOMIAL)
                 state = decay * h[parity] + (step * x[parity])[None, :] * B[:, None]
-                seen = tl.sum(state * C[:, None], axis=0) + D[parity] * x[parity]
-                new_h, y = new_h + (state,), y + (seen * silu(z[parity]),)
+                if STATES_ONLY:
+                    new_steps = new_steps + (steps[parity] + step,)
+                else:
+                    seen = tl.sum(state * C[:, None], axis=0) + D[parity] * x[parity]
+                    y = y + (seen * silu(z[parity]),)
+                new_h = new_h + (state,)
             h = new_h
-            store_row(out_at, lanes[0], y[0], y[1], lanes[1], MASKED)
-            out_at += out_stride
-            B_at += B_stride
-            C_at += C_stride
-    return h, (x_at, dt_at, z_at, out_at, x_stride, dt_stride, z_stride, out_stride), (B_at, C_at, B_stride, C_stride)
+            if STATES_ONLY:
+                steps = new_steps
+            else:
+                _store_row(out_at + (token + i) * out_stride, y, there, lanes, MASKED)
+    return h, steps
 
 
 @triton.jit
-def _rows(x_at, dt_at, z_at, x_stride, dt_stride, z_stride, lanes, there, UNROLL: tl.constexpr, MASKED: tl.constexpr):
-    """x, dt and z of UNROLL tokens, as they come."""
-    found = ()
-    for i in tl.static_range(UNROLL):
-        x = load_row(x_at + i * x_stride, lanes[0], lanes[1], there, MASKED)
-        dt = load_row(dt_at + i * dt_stride, lanes[0], lanes[1], there, MASKED)
-        found = found + ((x, dt, load_row(z_at + i * z_stride, lanes[0], lanes[1], there, MASKED)),)
-    return found
+def _four_rows(at, stride, token, tokens, lanes, MASKED: tl.constexpr):
+    """Rows [LANES, 2] of four tokens, as they come; zeros behind the last."""
+    pair, mask, d_state = lanes
+    p = tl.arange(0, 2)
+    place = token + 2 * p[None, None, :, None] + p[None, None, None, :]
+    there = place < tokens
+    if MASKED:
+        there = there & tl.join(mask[0], mask[1])[:, :, None, None]
+    address = at + (pair[:, None, None, None] + p[None, :, None, None]) + place * stride
+    return _split_four(tl.load(address, mask=there, other=0.0))
+
+
+@triton.jit
+def _four_shared(at, stride, token, tokens, N: tl.constexpr, B_ONLY: tl.constexpr):
+    """B and C [N, 2] of four tokens, or B [N]."""
+    n, p = tl.arange(0, N), tl.arange(0, 2)
+    if B_ONLY:
+        place = token + 2 * p[None, :, None] + p[None, None, :]
+        address = at + n[:, None, None] + place * stride
+    else:
+        place = token + 2 * p[None, None, :, None] + p[None, None, None, :]
+        address = at + (n[:, None, None, None] + N * p[None, :, None, None]) + place * stride
+    return _split_four(tl.load(address, mask=place < tokens, other=0.0))
+
+
+@triton.jit
+def _split_four(x):
+    """[.., 2, 2] as the four of the last two axes."""
+    even, odd = tl.split(x)
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
+
+
+@triton.jit
+def _pair(row):
+    """A row [LANES, 2] as a pair, float32."""
+    return tl.split(row.to(tl.float32))
+
+
+@triton.jit
+def _store_row(at, y, there, lanes, MASKED: tl.constexpr):
+    pair, mask, d_state = lanes
+    row = tl.join(y[0], y[1]).to(at.dtype.element_ty)
+    if MASKED:
+        there = tl.join(mask[0], mask[1]) & there
+    tl.store(at + (pair[:, None] + tl.arange(0, 2)[None, :]), row, mask=there)

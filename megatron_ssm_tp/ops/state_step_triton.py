@@ -20,6 +20,7 @@ def state_step(
     states_ptr,
     slots_ptr,
     channels,
+    heads,
     head_channels,
     head_blocks,
     d_state,
