@@ -9,6 +9,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 import bench_inference as bench
 import bench_models
+import inference_report
 import measure
 
 from megatron_ssm_tp.compat.cpu import megatron_on_cpu
@@ -66,11 +67,11 @@ def prefill_error(raw: dict, layers: int | None, batch: int, length: int) -> flo
     return max(errors)
 
 
-def benched(raw: dict, arguments: list[str]) -> tuple[list[bench.Cell], list[str]]:
+def benched(raw: dict, arguments: list[str]) -> tuple[list[inference_report.Cell], list[str]]:
     """The cells and the notes of a model's benchmark."""
     args = bench.read_args(["prefill", *arguments])
     asked = bench.check(args, 2)._replace(models={"tiny": bench_models.read_model(raw, args.layers)})
     made, cells = bench.Bench("tiny", asked, args, tensor_parallel_groups(None), CPU), []
     with mock.patch.object(measure, "PASS_SECONDS", 0.01):
         made.run(cells)
-    return bench.with_ratios(cells), made.notes
+    return inference_report.with_ratios(cells), made.notes

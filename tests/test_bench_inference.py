@@ -10,7 +10,7 @@ from types import ModuleType, SimpleNamespace
 import bench_inference_jobs as jobs
 import pytest
 import torch
-from bench_inference_jobs import bench, bench_models
+from bench_inference_jobs import bench, bench_models, inference_report
 from layer_parts import OUTSIDE, by_part
 
 from megatron_ssm_tp import UserError
@@ -42,8 +42,11 @@ def test_cells_of_two_ranks(world):
         for cell in (plain, int8):
             expected = {"in_proj", "conv", "x_proj", "dt_proj", "scan", "out_proj", "reductions", "other"}
             assert expected < cell.parts.keys() and all(taken > 0 for taken in cell.parts.values())
-    assert f"| 2x4 | megatron_ssm_tp | {cells[2].tokens_per_second:.0f} | {cells[2].ms:.2f} |" in bench.table(cells)
-    shares = bench.parts_table(cells, on_gpu=False)
+    assert (
+        f"| 2x4 | megatron_ssm_tp | {cells[2].tokens_per_second:.0f} | {cells[2].ms:.2f} |"
+        in inference_report.table(cells)
+    )
+    shares = inference_report.parts_table(cells, on_gpu=False)
     assert "of the host | 1x9  | 1x9 int8 | 2x4  | 2x4 int8 |" in shares and "| scan | " in shares
 
 
@@ -167,12 +170,17 @@ def test_kernels_belong_to_the_range_that_launched_them():
 
 
 def test_a_pass_that_fails_is_a_note():
-    cells = [bench.Cell("a", "megatron_ssm_tp", 1, 8, note="OutOfMemoryError"), bench.Cell("a", "mamba-ssm", 1, 8, 5.0)]
-    assert "| 1x8 | megatron_ssm_tp | - | - |" in bench.table(bench.with_ratios(cells))
+    cells = [
+        inference_report.Cell("a", "megatron_ssm_tp", 1, 8, note="OutOfMemoryError"),
+        inference_report.Cell("a", "mamba-ssm", 1, 8, 5.0),
+    ]
+    assert "| 1x8 | megatron_ssm_tp | - | - |" in inference_report.table(inference_report.with_ratios(cells))
 
 
 def test_the_plot(tmp_path):
     pytest.importorskip("matplotlib")
-    cells = [bench.Cell(m, w, b, 8, 1.0 + b) for m in "ab" for w in "cd" for b in (1, 2)]
-    bench.plot([*cells, bench.Cell("a", "e", 1, 8, note="not here")], str(tmp_path / "x.png"), "title")
+    cells = [inference_report.Cell(m, w, b, 8, 1.0 + b) for m in "ab" for w in "cd" for b in (1, 2)]
+    inference_report.plot(
+        [*cells, inference_report.Cell("a", "e", 1, 8, note="not here")], str(tmp_path / "x.png"), "title"
+    )
     assert (tmp_path / "x.png").stat().st_size > 1000

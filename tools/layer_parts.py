@@ -109,20 +109,25 @@ def by_part(events: list[Mapping[str, Any]], on_gpu: bool) -> dict[str, float]:
             if parent:
                 found[_part(parent)] -= mark["dur"]
         return dict(found)
-    kernels: dict[int, list] = defaultdict(list)
+    kernels: dict[int | None, list] = defaultdict(list)
     for event in complete:
         if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
-            kernels[event["args"]["correlation"]].append(event)
+            kernels[_correlation(event)].append(event)
     launches = [
         event
         for event in complete
-        if event.get("cat") in ("cuda_runtime", "cuda_driver") and event["args"].get("correlation") in kernels
+        if event.get("cat") in ("cuda_runtime", "cuda_driver") and _correlation(event) in kernels
     ]
     for launch, mark in _with_ranges(marks, launches):
-        for kernel in kernels.pop(launch["args"]["correlation"], []):
+        for kernel in kernels.pop(_correlation(launch), []):
             found[REDUCTIONS if "nccl" in kernel["name"].lower() else _part(mark)] += kernel["dur"]
     found[OUTSIDE] += sum(kernel["dur"] for rest in kernels.values() for kernel in rest)
     return dict(found)
+
+
+def _correlation(event: Mapping[str, Any]) -> int | None:
+    """The number that a kernel and its launch share."""
+    return event.get("args", {}).get("correlation")
 
 
 def _part(mark: Mapping[str, Any] | None) -> str:

@@ -77,10 +77,12 @@ def prepare_symmetric(groups: list[dist.ProcessGroup], device: torch.device, tim
 
 def conditions(device: torch.device) -> dict[str, str]:
     """What figures depend on, to be printed with them."""
-    found = {"date": str(date.today()), "ranks": str(dist.get_world_size()), "backend": dist.get_backend()}
+    found = {"date": str(date.today())}
+    if dist.is_initialized():
+        found |= {"ranks": str(dist.get_world_size()), "backend": dist.get_backend()}
     if device.type == "cuda":
         found["device"] = torch.cuda.get_device_name(device)
-        if dist.get_world_size() > 1:
+        if dist.is_initialized() and dist.get_world_size() > 1:
             found |= {"link": _link(), "nccl": ".".join(map(str, torch.cuda.nccl.version()))}
         found["driver"] = _driver()
     else:
@@ -137,7 +139,7 @@ def seconds(run: Callable[[], object], device: torch.device, refresh: Callable[[
     """
     for _ in range(2):
         _timed(run, device, refresh, 1)
-    dist.barrier()
+    _meet()
     estimate = largest(median(_timed(run, device, refresh, 3)), device)  # alike, so that ranks repeat alike
     repeats = min(_REPEATS, max(_FEWEST, int(_SECONDS / max(estimate, 1e-9))))
     return largest(median(_timed(run, device, refresh, repeats)), device)
@@ -192,13 +194,18 @@ def waited_for(run: Callable[[], object], device: torch.device, refresh: Callabl
     """One pass of `pass_seconds`, by this rank's own clock."""
     if refresh is not None:
         refresh()
+    _meet()
     _synchronize(device)
-    dist.barrier()
     begin = perf_counter()
     run()
     launched = perf_counter()
     _synchronize(device)
     return Passed(perf_counter() - begin, launched - begin)
+
+
+def _meet() -> None:
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def _synchronize(device: torch.device) -> None:
@@ -240,7 +247,9 @@ def busy_clock(run: Callable[[], object]) -> float | None:
 
 
 def largest(value: float, device: torch.device) -> float:
-    """The largest of the ranks' values."""
+    """The largest of the ranks' values; without ranks the value."""
+    if not dist.is_initialized():
+        return value
     found = torch.tensor(value, dtype=torch.float64, device=device)
     dist.all_reduce(found, op=dist.ReduceOp.MAX)
     return found.item()
