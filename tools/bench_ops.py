@@ -227,8 +227,10 @@ def plot(rows: list[Row], path: str, title: str) -> None:
     shown = [row for row in rows if row.us]
     figure, axis = pyplot.subplots(figsize=(10, 0.4 * len(shown) + 2), layout="constrained")
     for index, (name, key) in enumerate((("ours", "us"), ("mamba-ssm, causal-conv1d", "theirs_us"))):
-        values = [(getattr(row, key) or 0.0) / row.floor_us for row in shown]
-        bars = axis.barh([at + 0.4 * index for at in range(len(shown))], values, 0.4, label=name)
+        points = [
+            (at + 0.4 * index, getattr(row, key) / row.floor_us) for at, row in enumerate(shown) if getattr(row, key)
+        ]
+        bars = axis.barh([at for at, _ in points], [value for _, value in points], 0.4, label=name)
         axis.bar_label(bars, fmt="%.1f", fontsize=7)
     axis.set_yticks([at + 0.2 for at in range(len(shown))], [f"{r.case.op} {r.case.channels} {r.shape}" for r in shown])
     axis.axvline(1, color="black", linewidth=0.8)
