@@ -30,6 +30,7 @@ from measure import (
     same_bits,
     seconds,
     start,
+    tried,
 )
 
 from megatron_ssm_tp.cli.console import Parser, guarded, is_speaker, say
@@ -89,7 +90,7 @@ def measure(way: Way, exact: Result, cell: Cell, device: torch.device, graphs: b
     """The way's cells at one size: eager, and in a graph. What fails is a note."""
     if way.refresh is not None:
         way.refresh()
-    result, note = _tried(way.run, device)
+    result, note = tried(way.run, device)
     if result is None:
         return [cell._replace(note=note)]
     eager = _judged(cell, result, exact, device)
@@ -100,7 +101,7 @@ def measure(way: Way, exact: Result, cell: Cell, device: torch.device, graphs: b
         return cells
     found = cell._replace(way=f"{cell.way}, graph")
     calls = 10 if time < _LONG_CALL else 2
-    made, note = _tried(lambda: captured(_repeated(way.run, calls)), device)
+    made, note = tried(lambda: captured(_repeated(way.run, calls)), device)
     if made is None:
         return [*cells, found._replace(note=note)]
     graph, result = made
@@ -110,18 +111,6 @@ def measure(way: Way, exact: Result, cell: Cell, device: torch.device, graphs: b
     else:  # what sums in place has summed 10 times: its error is that of the eager call
         found = found._replace(error=eager.error, same_bits=same_bits_of(result))
     return [*cells, found._replace(us=seconds(graph.replay, device, way.refresh) / calls * 1e6)]
-
-
-def _tried[T](step: Callable[[], T], device: torch.device) -> tuple[T | None, str]:
-    """What `step` returns, or None and why, if it failed on any rank: then on all."""
-    result, note = None, ""
-    try:
-        result = step()
-    except Exception as error:  # whatever a way may raise: the others are measured all the same
-        note = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-    if largest(float(bool(note)), device):
-        return None, note or "failed on another rank"
-    return result, ""
 
 
 def _repeated(run: Callable[[], Result], calls: int) -> Callable[[], Result]:

@@ -1,4 +1,4 @@
-"""What the tools that time and soak all-reduces share: ranks, conditions, timing, bits; and how every tool prints."""
+"""What the tools that time and check share: ranks, conditions, timing, bits; and how every tool prints."""
 
 import gc
 import importlib.util
@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from time import perf_counter
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,9 +21,10 @@ from megatron_ssm_tp.errors import UserError
 from megatron_ssm_tp.ranks import lost_peers_reported
 
 # No way that is measured uses NVLink multicast, NCCL's neither.
-_NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
-_REPORTED = (*_NO_MULTICAST, "NCCL_P2P_DISABLE", "NCCL_P2P_LEVEL", "NCCL_SHM_DISABLE", "NCCL_ALGO", "NCCL_PROTO")
+NO_MULTICAST = {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
+_REPORTED = (*NO_MULTICAST, "NCCL_P2P_DISABLE", "NCCL_P2P_LEVEL", "NCCL_SHM_DISABLE", "NCCL_ALGO", "NCCL_PROTO")
 _REPEATS, _FEWEST, _SECONDS = 50, 10, 0.1
+PASS_SECONDS, _FEWEST_PASSES = 3.0, 5
 
 
 def start(timeout_s: float) -> torch.device:
@@ -32,7 +34,7 @@ def start(timeout_s: float) -> torch.device:
         UserError: there is one rank, or more of them than GPUs.
         PeerLostError: the others could not be met.
     """
-    os.environ.update(_NO_MULTICAST)
+    os.environ.update(NO_MULTICAST)
     device = torch.device("cpu")
     if torch.cuda.is_available():
         rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
@@ -75,13 +77,17 @@ def prepare_symmetric(groups: list[dist.ProcessGroup], device: torch.device, tim
 
 def conditions(device: torch.device) -> dict[str, str]:
     """What figures depend on, to be printed with them."""
-    found = {"date": str(date.today()), "ranks": str(dist.get_world_size()), "backend": dist.get_backend()}
+    found = {"date": str(date.today())}
+    if dist.is_initialized():
+        found |= {"ranks": str(dist.get_world_size()), "backend": dist.get_backend()}
     if device.type == "cuda":
-        found |= {"device": torch.cuda.get_device_name(device), "link": _link(), "driver": _driver()}
-        found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+        found["device"] = torch.cuda.get_device_name(device)
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            found |= {"link": _link(), "nccl": ".".join(map(str, torch.cuda.nccl.version()))}
+        found["driver"] = _driver()
     else:
         found["device"] = f"CPU ({os.cpu_count()} cores)"
-    found |= {"torch": torch.__version__, "triton": _version("triton")}
+    found |= {"torch": torch.__version__, "triton": version_of("triton")}
     return found | {name: os.environ[name] for name in _REPORTED if name in os.environ}
 
 
@@ -89,7 +95,8 @@ def in_words(found: dict[str, str]) -> str:
     return ", ".join(value if name == "date" else f"{name} {value}" for name, value in found.items())
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
+    """The installed package's version, or "none"."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -132,7 +139,7 @@ def seconds(run: Callable[[], object], device: torch.device, refresh: Callable[[
     """
     for _ in range(2):
         _timed(run, device, refresh, 1)
-    dist.barrier()
+    _meet()
     estimate = largest(median(_timed(run, device, refresh, 3)), device)  # alike, so that ranks repeat alike
     repeats = min(_REPEATS, max(_FEWEST, int(_SECONDS / max(estimate, 1e-9))))
     return largest(median(_timed(run, device, refresh, repeats)), device)
@@ -161,6 +168,51 @@ def _timed(
     return [begin.elapsed_time(end) * 1e-3 for begin, end in marks]
 
 
+class Passed(NamedTuple):
+    """Seconds of a pass, each a median: until its result is there, and until the host has asked for all of it."""
+
+    whole: float
+    host: float
+
+
+def pass_seconds(
+    run: Callable[[], object], device: torch.device, refresh: Callable[[], object] | None = None
+) -> Passed:
+    """How long a pass takes that begins on an idle device and is waited for, as a step of an engine is.
+
+    Medians of as many as fit 3 s, 5 to 50 of them, after two that are not counted; of the rank where they are largest.
+    `refresh` as in `seconds`.
+    """
+    waited_for(run, device, refresh)
+    estimate = largest(waited_for(run, device, refresh).whole, device)  # alike, so that ranks repeat alike
+    repeats = min(_REPEATS, max(_FEWEST_PASSES, int(PASS_SECONDS / max(estimate, 1e-9))))
+    found = [waited_for(run, device, refresh) for _ in range(repeats)]
+    return Passed(*(largest(median(column), device) for column in zip(*found, strict=True)))
+
+
+def waited_for(run: Callable[[], object], device: torch.device, refresh: Callable[[], object] | None) -> Passed:
+    """One pass of `pass_seconds`, by this rank's own clock."""
+    if refresh is not None:
+        refresh()
+    _meet()
+    _synchronize(device)
+    begin = perf_counter()
+    run()
+    launched = perf_counter()
+    _synchronize(device)
+    return Passed(perf_counter() - begin, launched - begin)
+
+
+def _meet() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def captured[T](run: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
     """A CUDA graph of `run`, which has run before, and what it returned: tensors that each replay fills anew."""
     graph = torch.cuda.CUDAGraph()
@@ -170,14 +222,49 @@ def captured[T](run: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
     return graph, result
 
 
+def busy_clock(run: Callable[[], object]) -> float | None:
+    """The SM clock in Hz while `run` keeps the current GPU busy; None if nvidia-smi does not say."""
+    uuid = f"GPU-{str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid).removeprefix('GPU-')}"
+    command = ["nvidia-smi", f"--id={uuid}", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits"]
+    began = perf_counter()
+    while perf_counter() < began + 0.5:  # clocks take a moment to rise
+        run()
+    try:
+        asked = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    except OSError:
+        return None
+    while asked.poll() is None and perf_counter() < began + 20:
+        for _ in range(10):
+            run()
+        torch.cuda.synchronize()
+    if asked.poll() is None:
+        asked.kill()
+    found = asked.communicate()[0].strip()
+    return float(found) * 1e6 if found.isdigit() else None
+
+
 # --- Agreement ------------------------------------------------------------------------------------------------------
 
 
 def largest(value: float, device: torch.device) -> float:
-    """The largest of the ranks' values."""
+    """The largest of the ranks' values; without ranks the value."""
+    if not dist.is_initialized():
+        return value
     found = torch.tensor(value, dtype=torch.float64, device=device)
     dist.all_reduce(found, op=dist.ReduceOp.MAX)
     return found.item()
+
+
+def tried[T](step: Callable[[], T], device: torch.device) -> tuple[T | None, str]:
+    """What `step` returns, or None and why, if it failed on any rank: then on all."""
+    result, note = None, ""
+    try:
+        result = step()
+    except Exception as error:  # whatever a way may raise: the others are measured all the same
+        note = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    if largest(float(bool(note)), device):
+        return None, note or "failed on another rank"
+    return result, ""
 
 
 def same_bits(x: torch.Tensor) -> bool:

@@ -1,0 +1,186 @@
+"""bench_inference.py in small: passes are those of the model, tables and shares add up, mistakes are said at once."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import bench_inference_jobs as jobs
+import pytest
+import torch
+from bench_inference_jobs import bench, bench_models, inference_report
+from layer_parts import OUTSIDE, by_part
+
+from megatron_ssm_tp import UserError
+
+TOOL = Path(__file__).parent.parent / "tools" / "bench_inference.py"
+
+
+@pytest.mark.parametrize(
+    ("raw", "layers"), [(jobs.FALCON, None), (jobs.FALCON, 1), (jobs.MAMBA2, None), (jobs.ZAMBA2, 2)]
+)
+def test_a_pass_is_the_models(world, raw, layers):
+    """Logits of prompts packed together, at TP=2, are those of each prompt alone; also in a pass that is repeated."""
+    assert max(world(2).run(jobs.prefill_error, raw, layers, 3, 20)) < 1e-5
+
+
+def test_cells_of_two_ranks(world):
+    arguments = ["--shapes", "1x9", "2x4", "--recipes", "none", "int8", "--layers", "2", "--parts"]
+    cells, notes = world(2).run(jobs.benched, jobs.FALCON, arguments)[0]
+    assert [(cell.batch, cell.length, cell.way) for cell in cells] == [
+        (batch, length, way)
+        for batch, length in ((1, 9), (2, 4))
+        for way in ("megatron_ssm_tp", "megatron_ssm_tp, int8")
+    ]
+    assert notes[0].startswith("2 of 3 layers") and "runs on one GPU, and this is 2 ranks" in notes[1]
+    for plain, int8 in (cells[:2], cells[2:]):
+        assert plain.ratio == 1 and int8.ratio == pytest.approx(plain.ms / int8.ms) and not plain.note
+        assert plain.ms > 3 * plain.layer_ms > 0 and plain.host_ms > 0
+        assert plain.tokens_per_second == pytest.approx(plain.batch * plain.length * 1e3 / plain.ms)
+        for cell in (plain, int8):
+            expected = {"in_proj", "conv", "x_proj", "dt_proj", "scan", "out_proj", "reductions", "other"}
+            assert expected < cell.parts.keys() and all(taken > 0 for taken in cell.parts.values())
+    assert (
+        f"| 2x4 | megatron_ssm_tp | {cells[2].tokens_per_second:.0f} | {cells[2].ms:.2f} |"
+        in inference_report.table(cells)
+    )
+    shares = inference_report.parts_table(cells, on_gpu=False)
+    assert "of the host | 1x9  | 1x9 int8 | 2x4  | 2x4 int8 |" in shares and "| scan | " in shares
+
+
+def test_the_whole_tool(tmp_path):
+    (tmp_path / "tiny").mkdir()
+    config = tmp_path / "tiny" / "config.json"
+    config.write_text(json.dumps(jobs.ZAMBA2))
+    command = ["prefill", "--models", config, "--shapes", "2x5", "--layers", "2", "--json", tmp_path / "x.json"]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", TOOL, *command], capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.match(r"\d{4}-\d\d-\d\d, ranks 1, backend gloo, device CPU ", done.stdout)
+    report = json.loads((tmp_path / "x.json").read_text())
+    [cell] = report["cells"]
+    assert (cell["model"], cell["batch"], cell["length"]) == ("tiny", 2, 5) and cell["ratio"] is None
+    assert "## tiny, bfloat16\n\n- 2 of 4 layers" in done.stdout and "a pass is scaled" in done.stdout
+    assert "- mamba-ssm is not measured: has no such layers" in done.stdout
+    assert f"| 2x5 | megatron_ssm_tp | {cell['tokens_per_second']:.0f} | {cell['ms']:.2f} |" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shapes", "8"], "--shapes='8': is no batch of prompts"),
+        (["--shapes", "0x8"], "--shapes='0x8': is no batch"),
+        (["--models", "mamba-9b"], "--models='mamba-9b': is no shape that is known"),
+        (["--layers", "65"], "--layers=65: is no part of this model's layers; legal: 1 to 64"),
+        (["--models", "zamba2-7b", "--layers", "6"], "--layers=6: is no part of this model's layers; legal: 7 to 81"),
+        (["--dtype", "int8"], "--dtype='int8': cannot be run; legal: float32, bfloat16, float16"),
+        (["--recipes", "int8"], "--recipes='int8': one rank reduces nothing"),
+        (["--recipes", "int9"], "recipe='int9': unknown format"),
+        (["--json", "/nowhere/x"], "--json='/nowhere/x': cannot be written"),
+    ],
+)
+def test_mistakes_in_options(arguments, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        bench.check(bench.read_args(["prefill", *arguments]), 1)
+
+
+def test_the_models_are_those_of_the_checkpoints():
+    """Sizes as the models' names say them, in billions of parameters."""
+    from megatron_ssm_tp.partition.layout import model_parameters
+
+    for name, billions in (("mamba-2.8b", 2.77), ("falcon-mamba-7b", 7.27), ("mamba2-2.7b", 2.70), ("zamba2-7b", 7.36)):
+        config, layers = bench_models.read_model(bench_models.MODELS[name])
+        shapes = [torch.Size(p.shape) for p in model_parameters(config).values()]
+        assert layers == len(config.layers) and sum(s.numel() for s in shapes) / 1e9 == pytest.approx(
+            billions, abs=0.01
+        )
+
+
+def test_the_rival_has_the_same_sizes(monkeypatch):
+    """A stand-in for mamba-ssm is asked for what ours is."""
+
+    class Model:
+        def __init__(self, config, device, dtype):
+            self.config, self.backbone = config, SimpleNamespace(layers=["a layer"])
+
+        def eval(self):
+            return self
+
+        def __call__(self, tokens, num_last_tokens):
+            return SimpleNamespace(logits=torch.zeros(len(tokens), num_last_tokens, self.config.vocab_size))
+
+    models = ModuleType("mamba_ssm.models")
+    found = {"config_mamba": {"MambaConfig": SimpleNamespace}, "mixer_seq_simple": {"MambaLMHeadModel": Model}}
+    for name in ("mamba_ssm", "mamba_ssm.models"):
+        monkeypatch.setitem(sys.modules, name, models)
+    for name, content in found.items():
+        monkeypatch.setitem(sys.modules, f"mamba_ssm.models.{name}", SimpleNamespace(**content))
+    rivals = {}
+    for name in ("mamba-2.8b", "falcon-mamba-7b", "mamba2-2.7b"):
+        config, _ = bench_models.read_model(bench_models.MODELS[name], 3)
+        rivals[name] = bench_models.MambaSsm(config, jobs.CPU, torch.float32)
+        assert bench_models.no_rival(config, 1) == ""
+        assert rivals[name].prefill(2, 4).run().shape == (2, config.vocab_size)
+    with rivals["mamba-2.8b"].without_layers():
+        assert len(rivals["mamba-2.8b"].model.backbone.layers) == 0
+    falcon = rivals["falcon-mamba-7b"].model.config
+    assert falcon.ssm_cfg == {"layer": "Mamba1", "d_state": 16, "d_conv": 4, "expand": 2, "dt_rank": 256}
+    assert (falcon.d_model, falcon.n_layer, falcon.vocab_size) == (4096, 3, 65024) and not falcon.tie_embeddings
+    expected = {"layer": "Mamba2", "d_state": 128, "d_conv": 4, "expand": 2, "headdim": 64, "ngroups": 1}
+    assert rivals["mamba2-2.7b"].model.config.ssm_cfg == expected
+
+
+def test_kernels_belong_to_the_range_that_launched_them():
+    def event(cat: str, name: str, ts: float, dur: float = 1, correlation: int | None = None) -> dict:
+        args = {} if correlation is None else {"correlation": correlation}
+        return {"ph": "X", "cat": cat, "name": name, "ts": ts, "dur": dur, "tid": 1, "args": args}
+
+    def launched(at: float, number: int, kernel: str, dur: float, api: str = "cuda_runtime") -> list[dict]:
+        return [event(api, "launch", at, 1, number), event("kernel", kernel, at + 1000, dur, number)]
+
+    events = [
+        {"ph": "M", "name": "process_name"},
+        event("user_annotation", "part: norms + residual", 10, 90),
+        event("user_annotation", "part: other", 20, 60),
+        event("user_annotation", "part: in_proj", 30, 10),
+        event("user_annotation", "something else", 30, 5),
+        event("user_annotation", "part: out_proj", 41, 10),
+        *launched(15, 1, "norm", 3),
+        *launched(32, 2, "gemm", 40, "cuda_driver"),
+        *launched(40.5, 3, "copy", 5),
+        *launched(45, 4, "gemm", 20),
+        *launched(48, 5, "ncclDevKernel_AllReduce", 7),
+        *launched(90, 6, "add", 2),
+        *launched(101, 7, "head", 11),
+        event("gpu_memset", "Memset", 2000, 13, 99),
+        event("cuda_runtime", "cudaEventRecord", 33),
+    ]
+    assert by_part(events, on_gpu=True) == {
+        "norms + residual": 5,
+        "in_proj": 40,
+        "other": 5,
+        "out_proj": 20,
+        "reductions": 7,
+        OUTSIDE: 24,
+    }
+    assert by_part(events, on_gpu=False) == {"norms + residual": 30, "other": 40, "in_proj": 10, "out_proj": 10}
+
+
+def test_a_pass_that_fails_is_a_note():
+    cells = [
+        inference_report.Cell("a", "megatron_ssm_tp", 1, 8, note="OutOfMemoryError"),
+        inference_report.Cell("a", "mamba-ssm", 1, 8, 5.0),
+    ]
+    assert "| 1x8 | megatron_ssm_tp | - | - |" in inference_report.table(inference_report.with_ratios(cells))
+
+
+def test_the_plot(tmp_path):
+    pytest.importorskip("matplotlib")
+    cells = [inference_report.Cell(m, w, b, 8, 1.0 + b) for m in "ab" for w in "cd" for b in (1, 2)]
+    inference_report.plot(
+        [*cells, inference_report.Cell("a", "e", 1, 8, note="not here")], str(tmp_path / "x.png"), "title"
+    )
+    assert (tmp_path / "x.png").stat().st_size > 1000

@@ -1,0 +1,252 @@
+"""Models for bench_inference.py, their weights random and made on the device: this package's, and mamba-ssm's."""
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from megatron.core.inference.contexts import DynamicInferenceContext
+from megatron.core.inference.inference_request import DynamicInferenceRequest
+from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import GPTInferenceWrapper
+from megatron.core.inference.sampling_params import SamplingParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from torch import nn
+
+from megatron_ssm_tp.checkpoint.families import find_family
+from megatron_ssm_tp.compat.cpu import megatron_on_cpu
+from megatron_ssm_tp.config import Layer, Mamba1Config, ModelConfig
+from megatron_ssm_tp.errors import UserError
+from megatron_ssm_tp.inference.engine import megatron_inference
+from megatron_ssm_tp.inference.state import CacheLimits, inference_config
+from megatron_ssm_tp.layers.model import build_model
+
+SEED = 1
+_ZAMBA2_7B_HYBRID = (6, 11, 17, 23, 29, 35, 41, 47, 53, 59, 65, 71, 77)
+
+# What the checkpoints' config.json say.
+MODELS: dict[str, dict] = {
+    "mamba-2.8b": {
+        "model_type": "mamba",
+        "hidden_size": 2560,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 64,
+        "state_size": 16,
+        "time_step_rank": 160,
+        "vocab_size": 50280,
+        "residual_in_fp32": True,
+        "tie_word_embeddings": True,
+    },
+    "falcon-mamba-7b": {
+        "model_type": "falcon_mamba",
+        "hidden_size": 4096,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 64,
+        "state_size": 16,
+        "time_step_rank": 256,
+        "vocab_size": 65024,
+        "residual_in_fp32": True,
+        "tie_word_embeddings": False,
+    },
+    "mamba2-2.7b": {
+        "d_model": 2560,
+        "n_layer": 64,
+        "vocab_size": 50277,
+        "ssm_cfg": {"layer": "Mamba2"},
+        "pad_vocab_size_multiple": 16,
+        "residual_in_fp32": True,
+        "tie_embeddings": True,
+    },
+    "zamba2-7b": {
+        "model_type": "zamba2",
+        "hidden_size": 3584,
+        "num_hidden_layers": 81,
+        "layers_block_type": ["hybrid" if layer in _ZAMBA2_7B_HYBRID else "mamba" for layer in range(81)],
+        "n_mamba_heads": 112,
+        "mamba_headdim": 64,
+        "mamba_ngroups": 2,
+        "mamba_d_state": 64,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "intermediate_size": 14336,
+        "num_mem_blocks": 2,
+        "adapter_rank": 128,
+        "use_shared_attention_adapter": False,
+        "use_mem_rope": True,
+        "vocab_size": 32000,
+        "tie_word_embeddings": True,
+    },
+}
+
+
+def read_model(raw: dict, layers: int | None = None) -> tuple[ModelConfig, int]:
+    """The model of a config.json, cut to its first `layers`, and how many it has whole.
+
+    Raises:
+        UserError: the model is of no known family, or has not so many layers, or none that calls a block among them.
+    """
+    whole = find_family(raw).config(raw)
+    count, first = len(whole.layers), min(whole.callers, default=0) + 1
+    if layers is None:
+        return whole, count
+    if not first <= layers <= count:
+        raise UserError("--layers", layers, "is no part of this model's layers", f"{first} to {count}")
+    cut = replace(whole, layers=whole.layers[:layers])
+    if cut.shared:
+        cut = replace(cut, shared=replace(cut.shared, count=min(cut.shared.count, cut.count(Layer.SHARED))))
+    return cut, count
+
+
+class Pass(NamedTuple):
+    """A forward pass: `run` returns logits [prompts, vocab_size] of the last tokens; `refresh` restores states."""
+
+    run: Callable[[], torch.Tensor]
+    refresh: Callable[[], object] | None = None
+
+
+def draw_tokens(batch: int, length: int, vocab_size: int) -> torch.Tensor:
+    """int64 [batch, length] on the CPU, the same at every call and on every rank."""
+    return torch.randint(0, vocab_size, (batch, length), generator=torch.Generator().manual_seed(SEED))
+
+
+class Ours:
+    """This package's model, cut over the ranks, its weights drawn as for training from scratch."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        groups: ProcessGroupCollection,
+        device: torch.device,
+        dtype: torch.dtype,
+        longest: int,
+    ) -> None:
+        self.config, self.groups = config, groups
+        with megatron_on_cpu():
+            torch.manual_seed(SEED)
+            if device.type == "cuda":
+                model_parallel_cuda_manual_seed(SEED, force_reset_rng=True)
+            self.model = build_model(config, groups, dtype, device, longest + 1, perform_initialization=True)
+        self.model.eval().requires_grad_(False)
+
+    @property
+    def parameters_here(self) -> int:
+        """Parameters on this rank."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def prefill(self, batch: int, length: int) -> Pass:
+        """A pass over `batch` prompts, packed, in the engine's own context and with its own wrapper around the model.
+
+        What the engine does between passes is left out: lists of requests, and sampling.
+        """
+        limits = CacheLimits(batch, batch * length, length + 1, max_cached_tokens=batch * (length + 1))
+        cache = inference_config(self.model, self.config, limits, self.groups)
+        sampling = SamplingParams(num_tokens_to_generate=1, termination_id=-1)
+        with megatron_inference():
+            context = DynamicInferenceContext(self.model.config, cache)
+            wrapped = GPTInferenceWrapper(self.model, context)
+            wrapped.prep_model_for_inference()
+            for index, prompt in enumerate(draw_tokens(batch, length, self.config.vocab_size)):
+                context.add_request(
+                    DynamicInferenceRequest(request_id=index, prompt_tokens=prompt, sampling_params=sampling)
+                )
+            context.initialize_attention_state()
+            tokens, positions = context.current_input_and_position_ids()
+        given = {"tokens": tokens, "position_ids": positions, "attention_mask": None}
+
+        def run() -> torch.Tensor:
+            with megatron_inference(), torch.inference_mode():
+                return wrapped.run_one_forward_step(given)[0]
+
+        def forget() -> None:
+            context.mamba_conv_states.zero_()
+            context.mamba_ssm_states.zero_()
+
+        return Pass(run, forget)
+
+    def without_layers(self) -> AbstractContextManager[None]:
+        """Within it a pass is embedding, final norm and head."""
+        return _without_layers(self.model.decoder)
+
+
+@contextmanager
+def _without_layers(stack: nn.Module) -> Iterator[None]:
+    layers, stack.layers = stack.layers, nn.ModuleList()
+    try:
+        yield
+    finally:
+        stack.layers = layers
+
+
+class MambaSsm:
+    """mamba-ssm's MambaLMHeadModel of the same sizes. Raises ImportError where it is not installed."""
+
+    def __init__(self, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
+        from mamba_ssm.models.config_mamba import MambaConfig
+        from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
+
+        torch.manual_seed(SEED)
+        self.vocab_size, self.device = config.vocab_size, device
+        theirs = MambaConfig(
+            d_model=config.hidden_size,
+            n_layer=len(config.layers),
+            vocab_size=config.vocab_size,
+            ssm_cfg=ssm_cfg(config),
+            rms_norm=True,
+            residual_in_fp32=config.residual_in_fp32,
+            fused_add_norm=True,
+            pad_vocab_size_multiple=1,
+            tie_embeddings=config.tied_embeddings,
+        )
+        self.model = MambaLMHeadModel(theirs, device=device, dtype=dtype).eval()
+
+    def prefill(self, batch: int, length: int) -> Pass:
+        """A pass over [batch, length] tokens, which keeps no states: its fastest."""
+        tokens = draw_tokens(batch, length, self.vocab_size).to(self.device)
+
+        def run() -> torch.Tensor:
+            with torch.inference_mode():
+                return self.model(tokens, num_last_tokens=1).logits[:, -1]
+
+        return Pass(run)
+
+    def without_layers(self) -> AbstractContextManager[None]:
+        """As Ours.without_layers."""
+        return _without_layers(self.model.backbone)
+
+
+def ssm_cfg(config: ModelConfig) -> dict:
+    """mamba-ssm's arguments of a mixer."""
+    mixer = config.mixer
+    common = {"d_state": mixer.d_state, "d_conv": mixer.d_conv, "expand": mixer.d_inner // config.hidden_size}
+    if isinstance(mixer, Mamba1Config):
+        return {"layer": "Mamba1", **common, "dt_rank": mixer.dt_rank}
+    return {"layer": "Mamba2", **common, "headdim": mixer.head_dim, "ngroups": mixer.n_groups}
+
+
+def no_rival(config: ModelConfig, ranks: int) -> str:
+    """Why mamba-ssm cannot run this model, or nothing."""
+    if ranks > 1:
+        return f"runs on one GPU, and this is {ranks} ranks"
+    if config.count(Layer.SSM) != len(config.layers):
+        return "has no such layers as this model's hybrid ones"
+    if config.mixer.d_inner % config.hidden_size:
+        return "has no mixer of these sizes"
+    return ""
+
+
+def differences(config: ModelConfig) -> list[str]:
+    """What mamba-ssm's model of the same sizes does not compute, or does otherwise."""
+    found = ["it keeps no states behind, ours does"]
+    if isinstance(config.mixer, Mamba1Config) and config.mixer.bcdt_norm_eps is not None:
+        found.append("it has no norms on dt, B and C, ours has")
+    return found
+
+
+def free_memory() -> None:
+    """Give back what is no longer referenced."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
