@@ -88,21 +88,3 @@ def measured(failing_rank: int | None) -> list[bench.Cell]:
 
     way, cell = bench_ways.Way("a way", run), bench.Cell("sum", 3, 2, "a way", False)
     return bench.measure(way, (torch.ones(2, 3),), cell, CPU, graphs=False)
-
-
-def add_norm_differs() -> str:
-    """Where the kernel of add_norm.py differs from its reference; in a process that interprets Triton."""
-    from comm_jobs import kernels
-
-    kernels()
-    from add_norm import add_norm, reference
-
-    for dtype in (torch.bfloat16, torch.float32):
-        x, residual = torch.randn(2, 3, 300).to(dtype)
-        weight = torch.randn(300).to(dtype)
-        for found, expected in zip(
-            add_norm(x, residual, weight, 1e-5), reference(x, residual, weight, 1e-5), strict=True
-        ):
-            if not torch.allclose(found.float(), expected.float(), rtol=2 * torch.finfo(dtype).eps, atol=1e-6):
-                return f"{dtype}: {(found.float() - expected.float()).abs().max()}"
-    return ""

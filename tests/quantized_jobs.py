@@ -1,6 +1,7 @@
 """What ranks are asked to do with a whole model whose reductions follow recipes."""
 
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -233,31 +234,34 @@ def training_step(
     return found | {"loss": loss.detach().numpy()}, whole
 
 
-def fused_and_not(path: Path, prompts: list, n: int, recipe: AllReduceRecipe) -> tuple[int, list, list]:
-    """How many reductions the stack left to the next norm, and tokens with it and with every layer for itself."""
+def fused_and_not(
+    path: Path, prompts: list, n: int, recipe: AllReduceRecipe | None, dtype: str = "float32", hooked: bool = False
+) -> tuple[dict[str, int], list, list]:
+    """How many additions, and how many reductions with them, the stack left to the next norm; tokens and their
+    log-probabilities with it and with every layer for itself. `hooked`: somebody looks at a layer."""
     from megatron_ssm_tp.layers import layer, stack
 
-    calls, fused = [], layer.all_reduce_add_norm
-    params = SamplingParams(temperature=0, num_tokens_to_generate=n, termination_id=-1)
+    calls = {"add_rms_norm": 0, "all_reduce_add_norm": 0}
+    params = SamplingParams(temperature=0, num_tokens_to_generate=n, termination_id=-1, return_log_probs=True)
 
-    def counted(*args):
-        calls.append(args)
-        return fused(*args)
+    def counted(name: str) -> mock.Mock:
+        function = getattr(layer, name)
 
-    def tokens() -> list[list[int]]:
-        model = LLM.from_pretrained(path, dtype="float32", tp_allreduce=recipe)
-        return [output.token_ids for output in model.generate(prompts, params)]
+        def call(*args: Any) -> Any:
+            calls[name] += 1
+            return function(*args)
 
-    layer.all_reduce_add_norm = counted
-    try:
-        with_it = tokens()
-        own, stack.SSMStack._fuses = stack.SSMStack._fuses, lambda *_: False
-        count = len(calls)
-        try:
-            without = tokens()
-        finally:
-            stack.SSMStack._fuses = own
-    finally:
-        layer.all_reduce_add_norm = fused
-    assert len(calls) == count
-    return count, with_it, without
+        return mock.patch.object(layer, name, call)
+
+    def answers() -> list[tuple[list[int], list[float]]]:
+        model = LLM.from_pretrained(path, dtype=dtype, tp_allreduce=recipe)
+        if hooked:
+            next(m for m in model.model.modules() if isinstance(m, layer.MixerLayer)).register_forward_hook(print)
+        return [(output.token_ids, output.logprobs) for output in model.generate(prompts, params)]
+
+    with counted("add_rms_norm"), counted("all_reduce_add_norm"):
+        with_it, found = answers(), dict(calls)
+        with mock.patch.object(stack.SSMStack, "_fuses", lambda *_: False):
+            without = answers()
+    assert calls == found
+    return found, with_it, without

@@ -2,7 +2,9 @@
 
 import pytest
 import symmetric_jobs as jobs
+import torch
 
+from megatron_ssm_tp.comm import symmetric
 from megatron_ssm_tp.comm.recipes import Bf16, Float8BlockScaling, Int4BlockScaling, Int8BlockScaling
 from megatron_ssm_tp.comm.tuning import guess, launch_for, table
 
@@ -65,6 +67,16 @@ def test_a_fallback_on_gpus_is_said_by_one_rank(world):
 def test_the_fused_reduction_has_no_backward(world):
     for said in world(2).run(jobs.fused_errors):
         assert [line.split(":")[0] for line in said] == ["requires_grad=True", "residual=(2, 3)", "weight=(3,)"]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
+def test_rows_much_shorter_than_their_tiles_are_fused_while_they_are_few(recipe):
+    def fits(rows: int, columns: int) -> bool:
+        return symmetric.fits(torch.empty(rows, 1, columns, device="meta"), recipe)
+
+    assert fits(1562, 2560) and fits(1563, 2560) == (recipe.name == "bf16")  # a tile of 4096; 4 million values
+    assert fits(1 << 15, 4096) and fits(1 << 15, 3328)  # a tile of 1.23 times the row
+    assert not fits(1, 2561) and not fits(1, 16384 + 128) and not fits(1, 0)
 
 
 KERNELS = [

@@ -134,8 +134,27 @@ def test_reductions_are_left_to_the_next_norm_in_inference(world, tiny, family):
     layers keep to themselves."""
     prompts, recipe = [IDS, IDS[:5]], Int8BlockScaling(block_size=16)
     for fused, with_it, without in world(2).run(quantized_jobs.fused_and_not, tiny(family).path, prompts, 6, recipe):
+        assert [tokens for tokens, _ in with_it] == [tokens for tokens, _ in without]
+        assert (fused["all_reduce_add_norm"] > 0) == (family != "zamba2")
+
+
+@pytest.mark.parametrize("tp", [1, 2], ids=lambda tp: f"TP{tp}")
+@pytest.mark.parametrize(
+    ("family", "dtype"), [("falcon_mamba", "bfloat16"), ("falcon_mamba", "float32"), ("falcon_h1", "bfloat16")]
+)
+def test_additions_are_left_to_the_next_norm_in_inference(world, tiny, family, dtype, tp):
+    """Without recipes too, to the bit; the residual stream of bfloat16 models is float32 in one family."""
+    path, prompts = tiny(family).path, [IDS, IDS[:5]]
+    for fused, with_it, without in world(tp).run(quantized_jobs.fused_and_not, path, prompts, 4, None, dtype):
         assert with_it == without
-        assert (fused > 0) == (family != "zamba2")
+        assert fused["add_rms_norm"] > 0 == fused["all_reduce_add_norm"]
+
+
+def test_a_layer_that_is_looked_at_keeps_to_itself(world, tiny):
+    [(fused, with_it, without)] = world(1).run(
+        quantized_jobs.fused_and_not, tiny("falcon_mamba").path, [IDS], 1, None, hooked=True
+    )
+    assert not any(fused.values()) and with_it == without
 
 
 def test_a_context_is_seen_where_megatrons_step_takes_a_thread(world, tiny):

@@ -5,12 +5,12 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from add_norm import add_norm
 from measure import prepare_symmetric
 
 from megatron_ssm_tp.comm import backends
 from megatron_ssm_tp.comm.fused import all_reduce_add_norm
 from megatron_ssm_tp.comm.recipes import RECIPE_NAMES, recipe_by_name
+from megatron_ssm_tp.ops.norm import add_rms_norm
 
 KINDS = ("nccl", "symm_mem", "collective", "symmetric", "fused")
 RECIPES = tuple(name for name in RECIPE_NAMES if name != "none")
@@ -121,7 +121,8 @@ class Ways:
         if "fused" not in self.kinds:
             return
         name = f"{dist.get_backend()}, add-norm kernel"
-        yield Way(name, lambda: add_norm(self._plain(case), case.residual, case.weight, EPS), case.restore, rival=True)
+        rest = (case.residual, case.weight, EPS)
+        yield Way(name, lambda: add_rms_norm(self._plain(case), *rest), case.restore, rival=True)
         if "fused" not in self.missing:
             for name in RECIPES:
                 recipe = recipe_by_name(name, block_size=self.block_size, backend="symmetric")

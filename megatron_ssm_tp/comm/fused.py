@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import UserError
-from ..ops.norm import rms_normalize
+from ..ops.norm import add_rms_norm
 from . import symmetric
 from .mappings import is_quantized, reduce_from_tensor_model_parallel_region
 from .recipes import AllReduceRecipe
@@ -20,9 +20,9 @@ def all_reduce_add_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """residual + the sum of x over the ranks, and the RMS norm of that; for inference, there is no backward.
 
-    One kernel where the symmetric backend reduces x and x's rows are whole blocks of the recipe; otherwise
-    reduce_from_tensor_model_parallel_region, which without a recipe overwrites x, an addition and a norm. Both round to
-    the same dtypes at the same places; they sum a row's squares in another order.
+    One kernel where the symmetric backend reduces x and rows like x's are worth it (symmetric.fits); otherwise
+    reduce_from_tensor_model_parallel_region, which without a recipe overwrites x, and ops.norm.add_rms_norm. Both round
+    to the same dtypes at the same places; they sum a row's squares in another order.
 
     Args:
         x: [.., h], this rank's partial sums, the same shape and dtype on every rank.
@@ -42,8 +42,7 @@ def all_reduce_add_norm(
     asked = is_quantized(x, group, recipe) and recipe.backend in ("auto", "symmetric")
     if asked and symmetric.fits(x, recipe) and symmetric.supports(x, group, recipe)[0]:
         return symmetric.all_reduce_add_norm(x, residual, weight, eps, group, recipe)
-    stream = residual + reduce_from_tensor_model_parallel_region(x, group, recipe)
-    return stream, weight * rms_normalize(stream.to(weight.dtype), eps)
+    return add_rms_norm(reduce_from_tensor_model_parallel_region(x, group, recipe), residual, weight, eps)
 
 
 def _check(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> None:

@@ -22,6 +22,7 @@ from .workspace import FLAGS, Workspace
 
 TIMEOUT_S = 600.0
 POLLS_A_SECOND = 1_000_000  # about
+MOST_PADDED_VALUES = 4_000_000  # of a quantized tensor whose rows are much shorter than their tiles: see fits()
 
 _workspaces: WeakKeyDictionary[dist.ProcessGroup, Workspace | str] = WeakKeyDictionary()  # a str: why there is none
 
@@ -93,8 +94,18 @@ def all_reduce_add_norm(
 
 
 def fits(x: torch.Tensor, recipe: AllReduceRecipe) -> bool:
-    """Whether rows of x are whole blocks, few enough for one program to hold."""
-    return x.shape[-1] % recipe.block_size == 0 and 0 < x.shape[-1] <= 16384
+    """Whether all_reduce_add_norm can take x, and is worth it.
+
+    It can where rows are whole blocks, few enough for one program to hold. A program takes a row in a tile of the next
+    power of two: where that is much more, quantizing what is not there costs, in large tensors, more than a second
+    kernel for addition and norm. On 2 x H100, int8, rows of 2560, us fused, and of the sum alone: 8192 tokens 200 and
+    97, 32768 tokens 782 and 338; of 4096: 8192 tokens 215 and 136. Bf16 quantizes nothing.
+    """
+    length = x.shape[-1]
+    if length % recipe.block_size or not 0 < length <= 16384:
+        return False
+    tile = 1 << (length - 1).bit_length()
+    return recipe.name == "bf16" or tile <= 1.25 * length or x.numel() <= MOST_PADDED_VALUES
 
 
 def _workspace(group: dist.ProcessGroup) -> Workspace:

@@ -1,12 +1,14 @@
 """Megatron's MambaLayer, x + mixer(norm(x)), for mixers of every kind."""
 
 import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.inference.contexts import BaseInferenceContext
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from ..comm.fused import all_reduce_add_norm
+from ..ops.norm import add_rms_norm
 from .norm import LocalRMSNorm
 from .row_parallel import recipe_now, unreduced
 
@@ -30,6 +32,13 @@ class MixerLayer(MambaLayer):
     ) -> None:
         super().__init__(config, submodules, layer_number, pg_collection, pp_layer_offset, name)
 
+    @property
+    def adds_plainly(self) -> bool:
+        """Whether forward is the norm, the mixer and an addition, as with_next_norm has it, and nothing sees it run."""
+        dropped = self.training and self.hidden_dropout
+        plain = self.mamba_bda is get_bias_dropout_add and type(self.norm) is LocalRMSNorm and not dropped
+        return plain and not (self._forward_hooks or self._forward_pre_hooks)
+
     def with_next_norm(
         self,
         hidden_states: torch.Tensor,
@@ -37,7 +46,8 @@ class MixerLayer(MambaLayer):
         following: LocalRMSNorm,
         context: BaseInferenceContext,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The layer in inference, and the norm that reads it: in one kernel with the reduction where a recipe does it.
+        """The layer in inference, and the norm that reads it: in one kernel with the addition, and with the reduction
+        where a recipe does it.
 
         Args:
             hidden_states: the residual stream [l, b, h].
@@ -54,6 +64,7 @@ class MixerLayer(MambaLayer):
             with unreduced(linear):
                 partial, _ = self.mixer(normed, inference_context=context)
             return all_reduce_add_norm(partial, residual, following.weight, following.eps, linear.tp_group, recipe)
-        add = self.mamba_bda(training=False, fused=self.config.bias_dropout_fusion)
-        hidden_states = add(self.mixer(normed, inference_context=context), residual, self.hidden_dropout)
-        return hidden_states, following(hidden_states.to(self.config.params_dtype))
+        out, bias = self.mixer(normed, inference_context=context)
+        if bias is not None:
+            out = out.to(residual.dtype) + bias.to(residual.dtype)
+        return add_rms_norm(out, residual, following.weight, following.eps)

@@ -4,7 +4,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
-from ..ops.norm import rms_normalize
+from ..ops.norm import rms_norm
 
 
 class LocalRMSNorm(nn.Module):
@@ -23,4 +23,4 @@ class LocalRMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.weight * rms_normalize(x, self.eps).to(self.weight.dtype)
+        return rms_norm(x, self.weight, self.eps)

@@ -15,7 +15,6 @@ from .attention import Attention
 from .layer import MixerLayer
 from .mixer import SSMMixer
 from .norm import LocalRMSNorm
-from .row_parallel import recipe_now
 from .shared_block import SharedBlockLayer, SharedBlocks
 
 
@@ -70,7 +69,7 @@ class SSMStack(HybridStack):
         return super().forward(hidden_states, *args, **kwargs)
 
     def _fuses(self, context: BaseInferenceContext | None) -> bool:
-        """Whether reductions can be left to the next norm: dynamic inference of a whole stack whose sites have recipes.
+        """Whether additions can be left to the next norm: dynamic inference of a whole stack of our layers.
 
         Graphs of single layers and low-precision products are HybridStack's business.
         """
@@ -81,8 +80,7 @@ class SSMStack(HybridStack):
         whole = self.pre_process and self.post_process and self.post_layer_norm
         if not (plain and whole and context.is_dynamic_batching()):
             return False
-        linears = [layer.mixer.last_linear for layer in self.layers if type(layer) is MixerLayer]
-        return len(linears) == len(self.layers) and any(linear is not None and recipe_now(linear) for linear in linears)
+        return all(type(layer) is MixerLayer and layer.adds_plainly for layer in self.layers)
 
     def _fused(self, hidden_states: torch.Tensor, context: BaseInferenceContext) -> torch.Tensor:
         """The layers, each with the norm that follows it: [l, b, h] -> [l, b, h] after the final norm."""

@@ -53,19 +53,29 @@ def implementation(name: str = "auto") -> Implementation:
     return Implementation("triton", "Triton and CUDA are here" if name == "auto" else "asked for", **operators)
 
 
-def _missing_for_triton() -> str:
-    """What the kernels lack, or nothing."""
-    if not torch.cuda.is_available():
-        return "no CUDA device"
+def has_triton() -> bool:
+    """Whether Triton can be imported."""
     try:
         import triton  # noqa: F401
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "triton":
             raise  # Triton is there, and something else is broken: the reference in its place would hide it
-        return "no Triton"
-    return ""
+        return False
+    return True
+
+
+def kernels_can_take(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
+    """Whether x is on a GPU and autograd records nothing of these: the kernels have no backward."""
+    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others))
+    return x.is_cuda and not recorded
+
+
+def _missing_for_triton() -> str:
+    """What the kernels lack, or nothing."""
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    return "" if has_triton() else "no Triton"
 
 
 def _by_tensors(kernel: Callable, truth: Callable, x: torch.Tensor, *arguments: torch.Tensor | None) -> torch.Tensor:
-    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *arguments))
-    return (kernel if x.is_cuda and not recorded else truth)(x, *arguments)
+    return (kernel if kernels_can_take(x, *arguments) else truth)(x, *arguments)

@@ -1,0 +1,26 @@
+"""Kernels compiled for GPUs that are not here, with the compiler that Triton brings along."""
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def compile_for_hopper(kernel: Any, types: Mapping[str, str | None], constants: Mapping[str, Any], warps: int) -> Any:
+    """A Triton kernel for sm_90. `types` of its other arguments, such as "*bf16" or "i32"; None: None is passed.
+    Pointers and strides are taken to be multiples of 16."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = kernel.arg_names
+    known = {name: None for name, kind in types.items() if kind is None} | dict(constants)
+    source = ASTSource(
+        kernel,
+        {name: "constexpr" if name in known else types[name] for name in names},
+        {(names.index(name),): value for name, value in known.items()},
+        {
+            (i,): [["tt.divisibility", 16]]
+            for i, name in enumerate(names)
+            if name not in known and name.endswith(("_ptr", "_stride"))
+        },
+    )
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
