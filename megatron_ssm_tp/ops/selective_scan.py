@@ -198,15 +198,20 @@ class _Shape:
     def chunk(self, how: ScanLaunch, device: torch.device) -> int:
         """Tokens in a chunk, about, so that the GPU is full; each of equal sequences is cut into equal chunks."""
         warps = self.grid(self.lanes(how.warps), 1)[0] * how.warps
-        wanted = max(1, how.warps_per_sm * _multiprocessors(device) // warps)
-        size, mean = max(SHORTEST_CHUNK, self.tokens // wanted), -(-self.tokens // self.sequences)
-        if 2 * mean < 3 * size:
-            return max(size, mean)
-        return -(-mean // round(mean / size))
+        wanted = max(1, how.warps_per_sm * multiprocessors(device) // warps)
+        return even_chunk(self.tokens, self.sequences, max(SHORTEST_CHUNK, self.tokens // wanted))
+
+
+def even_chunk(tokens: int, sequences: int, size: int) -> int:
+    """About `size`, and such that each of equal sequences is cut into equal chunks; it is whole below 1.5 of these."""
+    mean = -(-tokens // sequences)
+    if 2 * mean < 3 * size:
+        return max(size, mean)
+    return -(-mean // round(mean / size))
 
 
 @cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
