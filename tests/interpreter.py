@@ -19,6 +19,7 @@ def patch_interpreter() -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=RuntimeWarning)  # numpy's, of NaN
     patch_tensor, cast = interpreter._patch_lang_tensor, interpreter.InterpreterBuilder.cast_impl
+    dot = interpreter.InterpreterBuilder.create_dot
 
     def patched(tensor, scope):
         patch_tensor(tensor, scope)
@@ -32,6 +33,14 @@ def patch_interpreter() -> None:
         bits = torch.from_numpy(np.ascontiguousarray(src.data)).bfloat16().view(torch.uint16).numpy()
         return interpreter.TensorHandle(bits, dst_type.scalar)
 
+    def widened(self, a, b, *arguments):
+        # It multiplies the bits of bfloat16s as integers.
+        a, b = (
+            cast(self, t, interpreter.tl.float32) if t.dtype.scalar == interpreter.tl.bfloat16 else t for t in (a, b)
+        )
+        return dot(self, a, b, *arguments)
+
+    interpreter.InterpreterBuilder.create_dot = widened
     interpreter._patch_lang_tensor, interpreter.InterpreterBuilder.cast_impl = patched, rounded
 
 

@@ -63,7 +63,8 @@ def inputs_of(case: Case, width: int | None = None) -> Inputs:
     return Inputs(tokens, weights, states, slots, cu_seqlens)
 
 
-def _kernels():
+def kernels_here():
+    """The modules of kernels, in an interpreter that shows memory that nobody wrote."""
     patch_interpreter()
     # Fills torch.empty with NaN: whoever reads memory that nobody wrote is seen.
     torch.use_deterministic_algorithms(True)
@@ -72,17 +73,17 @@ def _kernels():
     return conv1d, selective_scan
 
 
-def _differ(name: str, found: torch.Tensor, expected: torch.Tensor, unit: float = 0.0) -> str:
-    """Where two tensors differ by more than 1e-4 of their root mean square and a unit of their own last place."""
+def _differ(name: str, found: torch.Tensor, expected: torch.Tensor, unit: float, bound: float) -> str:
+    """Where two tensors differ by more than `bound` of their root mean square and a unit of their own last place."""
     if found.dtype != expected.dtype or found.shape != expected.shape or not found.is_contiguous():
         return f"{name}: {found.dtype} {tuple(found.shape)} strides {found.stride()}"
     scale = expected.float().square().mean().sqrt()
-    wrong = ~((found.float() - expected.float()).abs() <= 1e-4 * scale + unit * expected.float().abs())
+    wrong = ~((found.float() - expected.float()).abs() <= bound * scale + unit * expected.float().abs())
     at = wrong.nonzero()
     return "" if not len(at) else f"{name} {at[:3].tolist()}: {found[wrong][:3]} for {expected[wrong][:3]}; "
 
 
-def _compare(case: Case, given: Inputs, kernel, truth) -> str:
+def compared(case: Case, given: Inputs, kernel, truth, bound: float = 1e-4) -> str:
     """Outputs of kernel(states) and truth(states), the states they leave, and those they should not touch."""
     before = {name: t.clone() for name, t in given.tokens.items()}
     base = given.states
@@ -92,8 +93,8 @@ def _compare(case: Case, given: Inputs, kernel, truth) -> str:
     expected = truth(expected_states)
     unit = 2 * torch.finfo(case.dtype).eps if case.dtype != torch.float32 else 0.0
     state_unit = 2 * torch.finfo(case.state_dtype).eps if case.state_dtype != torch.float32 else 0.0
-    problem = _differ("y", y, expected, unit)
-    problem += _differ("states", base.clone(memory_format=torch.contiguous_format), expected_states, state_unit)
+    problem = _differ("y", y, expected, unit, bound)
+    problem += _differ("states", base.clone(memory_format=torch.contiguous_format), expected_states, state_unit, bound)
     idle = [slot for slot in range(len(base)) if slot not in given.slots]
     if not torch.equal(base[idle], expected_states[idle]):
         problem += "a slot of no request was written; "
@@ -110,10 +111,10 @@ def _scan_arguments(given: Inputs, tokens: slice = slice(None)) -> list[torch.Te
 
 
 def compare_scan(case: Case) -> str:
-    given, kernels = inputs_of(case), _kernels()[1]
+    given, kernels = inputs_of(case), kernels_here()[1]
     how, where = kernels.ScanLaunch(**case.how) if case.how else None, (given.slots, given.cu_seqlens)
     arguments = _scan_arguments(given)
-    return _compare(
+    return compared(
         case,
         given,
         lambda states: kernels.selective_scan_varlen(*arguments, states, *where, how),
@@ -123,9 +124,9 @@ def compare_scan(case: Case) -> str:
 
 def compare_step(case: Case) -> str:
     """One token of each request; the lengths are ones."""
-    given, kernels = inputs_of(case), _kernels()[1]
+    given, kernels = inputs_of(case), kernels_here()[1]
     arguments = _scan_arguments(given)
-    return _compare(
+    return compared(
         case,
         given,
         lambda states: kernels.selective_state_step(*arguments, states, given.slots),
@@ -135,7 +136,7 @@ def compare_step(case: Case) -> str:
 
 def compare_split_scan(case: Case, at: int) -> str:
     """One prompt whole by the reference, and in two calls by the kernel."""
-    given, kernels = inputs_of(case), _kernels()[1]
+    given, kernels = inputs_of(case), kernels_here()[1]
     how, length = kernels.ScanLaunch(**case.how) if case.how else None, sum(case.lengths)
 
     def in_two(states: torch.Tensor) -> torch.Tensor:
@@ -148,7 +149,7 @@ def compare_split_scan(case: Case, at: int) -> str:
         return torch.cat(parts)
 
     whole = (given.slots, given.cu_seqlens)
-    return _compare(
+    return compared(
         case,
         given,
         in_two,
@@ -157,11 +158,11 @@ def compare_split_scan(case: Case, at: int) -> str:
 
 
 def compare_conv(case: Case, width: int, bias: bool, tile: tuple[int, int, int]) -> str:
-    given, kernels = inputs_of(case, width), _kernels()[0]
+    given, kernels = inputs_of(case, width), kernels_here()[0]
     weights = (given.weights["weight"], given.weights["bias"] if bias else None)
     where = (given.slots, given.cu_seqlens)
     x = given.tokens["x"]
-    return _compare(
+    return compared(
         case,
         given,
         lambda states: kernels.causal_conv1d_varlen(x, *weights, states, *where, tile),
@@ -170,7 +171,7 @@ def compare_conv(case: Case, width: int, bias: bool, tile: tuple[int, int, int])
 
 
 def compare_split_conv(case: Case, width: int, at: int) -> str:
-    given, kernels = inputs_of(case, width), _kernels()[0]
+    given, kernels = inputs_of(case, width), kernels_here()[0]
     x, weights, length = given.tokens["x"], tuple(given.weights.values()), sum(case.lengths)
 
     def in_two(states: torch.Tensor) -> torch.Tensor:
@@ -180,7 +181,7 @@ def compare_split_conv(case: Case, width: int, at: int) -> str:
             [kernels.causal_conv1d_varlen(part, *weights, states, given.slots, cu, tile) for part, cu in parts]
         )
 
-    return _compare(
+    return compared(
         case,
         given,
         in_two,
@@ -189,10 +190,10 @@ def compare_split_conv(case: Case, width: int, at: int) -> str:
 
 
 def compare_conv_step(case: Case, width: int, bias: bool) -> str:
-    given, kernels = inputs_of(case, width), _kernels()[0]
+    given, kernels = inputs_of(case, width), kernels_here()[0]
     weights = (given.weights["weight"], given.weights["bias"] if bias else None)
     x = given.tokens["x"]
-    return _compare(
+    return compared(
         case,
         given,
         lambda states: kernels.causal_conv1d_step(x, *weights, states, given.slots),

@@ -6,15 +6,15 @@ import pytest
 import torch
 
 from megatron_ssm_tp import UserError
-from megatron_ssm_tp.ops import choose, reference
+from megatron_ssm_tp.ops import choose
 
-PER_OPERATOR = pytest.mark.parametrize("op", choose.OPS)
+PER_OPERATOR = pytest.mark.parametrize("op", choose.TRUTHS)
 
 
 def test_without_cuda_it_is_the_reference_and_says_so():
     found = choose.implementation()
     assert found.name == "reference" and found.reason == "no CUDA device"
-    assert all(getattr(found, op) is getattr(reference, op) for op in choose.OPS)
+    assert all(getattr(found, op) is truth for op, truth in choose.TRUTHS.items())
 
 
 def test_a_name_that_is_none_and_one_that_cannot_run_here():
@@ -34,12 +34,12 @@ def test_with_cuda_it_is_triton_but_not_for_the_cpus_tensors(monkeypatch, op):
     called = []
     truth, kernel = (lambda *a, who=who: called.append(who) for who in ("reference", "kernel"))
     choose._by_tensors(kernel, truth, torch.zeros(1), None)
-    choose._by_tensors(kernel, truth, _OnGpu(), None)
+    choose._by_tensors(kernel, truth, _OnGpu(), None, (0.0, 1.0))
     choose._by_tensors(kernel, truth, _OnGpu(), torch.zeros(1, requires_grad=True))
     with torch.no_grad():
         choose._by_tensors(kernel, truth, _OnGpu(), torch.zeros(1, requires_grad=True))
     assert called == ["reference", "kernel", "reference", "kernel"]
-    assert getattr(found, op).args[1] is getattr(reference, op)
+    assert getattr(found, op).args[1] is choose.TRUTHS[op] and choose.TRUTHS[op].__name__ == op
     assert getattr(found, op).args[0].__name__ == op
 
 

@@ -55,8 +55,8 @@ def _kernels() -> None:
     from ..ops.choose import implementation
 
     found = implementation()
-    say(f"  Mamba-1's scan and step, the convolution: {found.name} ({found.reason}); in training the reference")
-    say("  Mamba-2's scan and step: the reference (float32 torch)")
+    say(f"  convolution, scans and steps of Mamba-1 and Mamba-2: {found.name} ({found.reason})")
+    say("  the same in training: the reference (float32 torch)")
 
 
 def _devices() -> None:

@@ -51,7 +51,7 @@ class Mamba2Mixer(SSMMixer):
         mixer_config: the dimensions, or a function that derives them from `config`.
         pg_collection: its `tp` group is the one the mixer is cut over.
         exact_norm: reduce a spanning norm's sums before out_proj, instead of along with it.
-        ops: who computes the convolution, see ops/choose.py.
+        ops: who computes convolution and scan in inference with a dynamic context, see ops/choose.py.
 
     Raises:
         UserError: heads or groups cannot be shared by the group's ranks.
@@ -117,10 +117,10 @@ class Mamba2Mixer(SSMMixer):
     def ssm_prefill(
         self, tokens: Tensors, states: torch.Tensor, slots: torch.Tensor, cu_seqlens: torch.Tensor
     ) -> torch.Tensor:
-        return ssd_reference.ssd_varlen(*self._scan_arguments(tokens), states, slots, cu_seqlens).flatten(-2)
+        return self.ops.ssd_varlen(*self._scan_arguments(tokens), states, slots, cu_seqlens).flatten(-2)
 
     def ssm_decode(self, tokens: Tensors, states: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-        return ssd_reference.ssd_step(*self._scan_arguments(tokens), states, slots).flatten(-2)
+        return self.ops.ssd_step(*self._scan_arguments(tokens), states, slots).flatten(-2)
 
     def finish(self, y: torch.Tensor, around: Tensors) -> tuple[torch.Tensor, torch.Tensor | None]:
         if not self._norm_rides:

@@ -7,14 +7,21 @@ from functools import partial
 import torch
 
 from ..errors import UserError
-from . import reference
+from . import reference, ssd_reference
 
-OPS = ("causal_conv1d_varlen", "causal_conv1d_step", "selective_scan_varlen", "selective_state_step")
+TRUTHS = {
+    "causal_conv1d_varlen": reference.causal_conv1d_varlen,
+    "causal_conv1d_step": reference.causal_conv1d_step,
+    "selective_scan_varlen": reference.selective_scan_varlen,
+    "selective_state_step": reference.selective_state_step,
+    "ssd_varlen": ssd_reference.ssd_varlen,
+    "ssd_step": ssd_reference.ssd_step,
+}
 
 
 @dataclass(frozen=True)
 class Implementation:
-    """The operators of reference.py that inference calls, and whose they are.
+    """The operators of reference.py and ssd_reference.py that inference calls, and whose they are.
 
     Args:
         name: "triton" or "reference".
@@ -27,6 +34,8 @@ class Implementation:
     causal_conv1d_step: Callable[..., torch.Tensor]
     selective_scan_varlen: Callable[..., torch.Tensor]
     selective_state_step: Callable[..., torch.Tensor]
+    ssd_varlen: Callable[..., torch.Tensor]
+    ssd_step: Callable[..., torch.Tensor]
 
 
 def implementation(name: str = "auto") -> Implementation:
@@ -44,12 +53,18 @@ def implementation(name: str = "auto") -> Implementation:
     if name == "triton" and missing:
         raise UserError("ops", name, f"cannot run here: {missing}", "auto, reference")
     if name == "reference" or missing:
-        operators = {op: getattr(reference, op) for op in OPS}
-        return Implementation("reference", missing if name == "auto" else "asked for", **operators)
-    from . import conv1d, selective_scan
+        return Implementation("reference", missing if name == "auto" else "asked for", **TRUTHS)
+    from . import conv1d, selective_scan, ssd
 
-    kernels = {op: getattr(conv1d if "conv1d" in op else selective_scan, op) for op in OPS}
-    operators = {op: partial(_by_tensors, kernels[op], getattr(reference, op)) for op in OPS}
+    kernels = {
+        "causal_conv1d_varlen": conv1d.causal_conv1d_varlen,
+        "causal_conv1d_step": conv1d.causal_conv1d_step,
+        "selective_scan_varlen": selective_scan.selective_scan_varlen,
+        "selective_state_step": selective_scan.selective_state_step,
+        "ssd_varlen": ssd.ssd_varlen,
+        "ssd_step": ssd.ssd_step,
+    }
+    operators = {op: partial(_by_tensors, kernels[op], truth) for op, truth in TRUTHS.items()}
     return Implementation("triton", "Triton and CUDA are here" if name == "auto" else "asked for", **operators)
 
 
@@ -64,9 +79,9 @@ def has_triton() -> bool:
     return True
 
 
-def kernels_can_take(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
+def kernels_can_take(x: torch.Tensor, *others: object) -> bool:
     """Whether x is on a GPU and autograd records nothing of these: the kernels have no backward."""
-    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others))
+    recorded = torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in (x, *others))
     return x.is_cuda and not recorded
 
 
@@ -77,5 +92,5 @@ def _missing_for_triton() -> str:
     return "" if has_triton() else "no Triton"
 
 
-def _by_tensors(kernel: Callable, truth: Callable, x: torch.Tensor, *arguments: torch.Tensor | None) -> torch.Tensor:
+def _by_tensors(kernel: Callable, truth: Callable, x: torch.Tensor, *arguments: object) -> torch.Tensor:
     return (kernel if kernels_can_take(x, *arguments) else truth)(x, *arguments)

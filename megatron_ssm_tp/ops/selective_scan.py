@@ -53,18 +53,16 @@ class ScanLaunch:
     max_registers: int | None = None
 
 
-def launch_for(tokens: int, sequences: int, warps: int, multiprocessors: int) -> ScanLaunch:
+def launch_for(tokens: int, sequences: int, warps: int, processors: int) -> ScanLaunch:
     """Prompts that fill the GPU are not cut, others into as many chunks as fill it; equal prompts into equal chunks.
 
     Args:
         warps: that have all channels between them.
     """
-    mean = -(-tokens // sequences)
-    if sequences * warps >= ENOUGH_WARPS * multiprocessors:
+    if sequences * warps >= ENOUGH_WARPS * processors:
         return ScanLaunch(chunk=tokens, max_registers=168)
-    size = max(SHORTEST_CHUNK, tokens // max(1, FULL_OF_WARPS * multiprocessors // warps))
-    chunk = max(size, mean) if 2 * mean < 3 * size else -(-mean // round(mean / size))
-    return ScanLaunch(chunk, max_registers=128)
+    size = max(SHORTEST_CHUNK, tokens // max(1, FULL_OF_WARPS * processors // warps))
+    return ScanLaunch(even_chunk(tokens, sequences, size), max_registers=128)
 
 
 def selective_scan_varlen(
@@ -99,7 +97,7 @@ def selective_scan_varlen(
     x, dt, z = (last_axis_dense(t) for t in (x, dt, z))
     A, D, dt_bias, cached = A.float().contiguous(), D.contiguous(), dt_bias.contiguous(), dense_states(states)
     shape = _Shape(len(x), cu_seqlens.numel() - 1, x.shape[1], 1 if B.dim() == 2 else B.shape[1], A.shape[1])
-    how = how or launch_for(shape.tokens, shape.sequences, shape.warps, _multiprocessors(x.device))
+    how = how or launch_for(shape.tokens, shape.sequences, shape.warps, multiprocessors(x.device))
     lanes, chunk = shape.lanes(how.warps), how.chunk
     cut = 2 * shape.tokens >= 3 * chunk  # the shortest that chunk_of cuts is 1.5 chunks
     grid = shape.grid(lanes, shape.tokens // chunk + shape.sequences)
@@ -191,8 +189,16 @@ class _Shape:
         return self.heads * -(-self.head_channels // (2 * lanes)), slots
 
 
+def even_chunk(tokens: int, sequences: int, size: int) -> int:
+    """About `size`, and such that each of equal sequences is cut into equal chunks; it is whole below 1.5 of these."""
+    mean = -(-tokens // sequences)
+    if 2 * mean < 3 * size:
+        return max(size, mean)
+    return -(-mean // round(mean / size))
+
+
 @cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 

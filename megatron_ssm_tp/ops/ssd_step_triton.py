@@ -1,0 +1,54 @@
+"""The decode kernel of ssd.py: one token a request; the states are read and written once, in their order."""
+
+import triton
+import triton.language as tl
+
+from .elementwise_triton import LOG2E, softplus
+
+
+@triton.jit
+def ssd_state_step(
+    x_ptr,
+    dt_ptr,
+    out_ptr,
+    A_ptr,
+    B_ptr,
+    C_ptr,
+    D_ptr,
+    dt_bias_ptr,
+    states_ptr,
+    slots_ptr,
+    heads,
+    group_heads,
+    channels,
+    channel_blocks,
+    d_state,
+    x_stride,
+    dt_stride,
+    B_stride,
+    C_stride,
+    state_stride,
+    dt_min,
+    dt_max,
+    P: tl.constexpr,
+    N: tl.constexpr,
+):
+    """A program takes P channels of a head, of one request."""
+    head, request = tl.program_id(0) // channel_blocks, tl.program_id(1).to(tl.int64)
+    p, n = tl.program_id(0) % channel_blocks * P + tl.arange(0, P), tl.arange(0, N)
+    mask, channel = p < channels, head * channels + p
+    own = mask[:, None] & (n < d_state)[None, :]
+    state_at = states_ptr + tl.load(slots_ptr + request).to(tl.int64) * state_stride
+    state_at += channel[:, None] * d_state + n[None, :]
+    state = tl.load(state_at, mask=own, other=0.0).to(tl.float32)
+    shared = head // group_heads * d_state + n
+    B = tl.load(B_ptr + request * B_stride + shared, mask=n < d_state, other=0.0).to(tl.float32)
+    C = tl.load(C_ptr + request * C_stride + shared, mask=n < d_state, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + request * x_stride + channel, mask=mask, other=0.0).to(tl.float32)
+    dt = tl.load(dt_ptr + request * dt_stride + head).to(tl.float32) + tl.load(dt_bias_ptr + head).to(tl.float32)
+    dt = tl.minimum(tl.maximum(softplus(dt), dt_min), dt_max)
+    decay = tl.exp2(dt * (tl.load(A_ptr + head) * LOG2E))
+    state = decay * state + (dt * x)[:, None] * B[None, :]
+    y = tl.sum(state * C[None, :], axis=1) + tl.load(D_ptr + head).to(tl.float32) * x
+    tl.store(state_at, state.to(states_ptr.dtype.element_ty), mask=own)
+    tl.store(out_ptr + request * (heads * channels) + channel, y.to(out_ptr.dtype.element_ty), mask=mask)
