@@ -157,7 +157,7 @@ def compare_split_scan(case: Case, at: int) -> str:
     )
 
 
-def compare_conv(case: Case, width: int, bias: bool, tile: tuple[int, int, int]) -> str:
+def compare_conv(case: Case, width: int, bias: bool, tile: tuple[int, int, int, int]) -> str:
     given, kernels = inputs_of(case, width), kernels_here()[0]
     weights = (given.weights["weight"], given.weights["bias"] if bias else None)
     where = (given.slots, given.cu_seqlens)
@@ -176,7 +176,7 @@ def compare_split_conv(case: Case, width: int, at: int) -> str:
 
     def in_two(states: torch.Tensor) -> torch.Tensor:
         parts = [(x[:at], torch.tensor([0, at])), (x[at:], torch.tensor([0, length - at]))]
-        tile = (8, 16, 1)
+        tile = (8, 16, 1, 4)
         return torch.cat(
             [kernels.causal_conv1d_varlen(part, *weights, states, given.slots, cu, tile) for part, cu in parts]
         )

@@ -3,9 +3,12 @@
 import ops_jobs as jobs
 import pytest
 import torch
+from hopper import compile_for_hopper
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ops_jobs import Case
+
+from megatron_ssm_tp import UserError
 
 pytest.importorskip("triton")
 CHUNK = 8
@@ -19,7 +22,7 @@ launches = st.fixed_dictionaries(
         "states_polynomial": st.sampled_from([0, 16]),
     }
 )
-widths = st.integers(2, 4)
+widths = st.integers(2, 5)
 
 
 @settings(max_examples=25, deadline=None)
@@ -85,18 +88,42 @@ def test_steps(interpreted, requests, shape, d_state, dtype, gap):
 @settings(max_examples=30, deadline=None)
 @given(
     lengths=lengths,
-    channels=st.sampled_from([1, 7, 33]),
+    channels=st.sampled_from([1, 7, 32, 33]),
     width=widths,
     bias=st.booleans(),
     dtype=dtypes,
     gap=st.sampled_from([0, 3]),
     backwards=st.booleans(),
     tokens=st.sampled_from([4, CHUNK]),
+    group=st.sampled_from([1, 3, CHUNK]),
 )
 def test_packed_prompts_are_convolved_as_by_the_reference(
-    interpreted, lengths, channels, width, bias, dtype, gap, backwards, tokens
+    interpreted, lengths, channels, width, bias, dtype, gap, backwards, tokens, group
 ):
     case = Case(tuple(lengths), channels, dtype=dtype, gap=gap, slot_gap=gap, backwards=backwards, seed=sum(lengths))
-    assert interpreted(jobs.compare_conv, case, width, bias, (tokens, 16, 1)) == ""
+    assert interpreted(jobs.compare_conv, case, width, bias, (tokens, 16, 1, group)) == ""
     steps = Case((1,) * len(lengths), channels, dtype=dtype, state_dtype=dtype, gap=gap, slot_gap=gap)
     assert interpreted(jobs.compare_conv_step, steps, width, bias) == ""
+
+
+@pytest.mark.parametrize("channels", [512, 500], ids=["whole", "masked"])
+def test_the_convolution_compiles_for_gpus_that_are_not_here(channels):
+    """And loads the channels of a lane as one word."""
+    from megatron_ssm_tp.ops.conv1d import LONG
+    from megatron_ssm_tp.ops.conv1d_triton import conv1d_chunks
+
+    tokens, block, warps, group = LONG
+    types = {name: "*bf16" for name in conv1d_chunks.arg_names if name.endswith("_ptr")}
+    types |= {"slots_ptr": "*i64", "cu_seqlens_ptr": "*i32", "sequences": "i32", "channels": "i32"}
+    types |= {"x_stride": "i32", "state_stride": "i32"}
+    constants = {"WIDTH": 4, "TOKENS": tokens, "CHANNELS": block, "GROUP": group, "MASKED": channels % block != 0}
+    ptx = compile_for_hopper(conv1d_chunks, types, constants, warps).asm["ptx"]
+    assert ptx.count("ld.global.v2.b32") >= (2 * group if channels == block else 0)
+
+
+def test_a_chunk_holds_the_tokens_before_the_next():
+    from megatron_ssm_tp.ops.conv1d import causal_conv1d_varlen
+
+    x, where = torch.zeros(3, 2), (torch.zeros(1, dtype=torch.int32), torch.tensor([0, 3]))
+    with pytest.raises(UserError, match=r"tile=.* has too few tokens before those of 4 taps"):
+        causal_conv1d_varlen(x, torch.zeros(2, 4), None, torch.zeros(1, 2, 4), *where, (2, 16, 1, 1))

@@ -1,4 +1,8 @@
-"""The kernels of conv1d.py: a tile of tokens and channels is the sum of WIDTH tiles of inputs, each a token later."""
+"""The kernels of conv1d.py: a program walks along the tokens of a chunk, the last WIDTH - 1 inputs in registers.
+
+A lane holds neighbouring channels, which come as one word of up to 16 bytes. Each input is loaded once, but for the
+WIDTH - 1 before a chunk.
+"""
 
 import triton
 import triton.language as tl
@@ -23,35 +27,77 @@ def conv1d_chunks(
     WIDTH: tl.constexpr,
     TOKENS: tl.constexpr,
     CHANNELS: tl.constexpr,
+    GROUP: tl.constexpr,
+    MASKED: tl.constexpr,
 ):
-    """TOKENS tokens of a sequence. The program of its first ones reads its state and writes the new one: no other."""
+    """TOKENS tokens of a sequence. The program of its first ones reads its state and writes the new one: no other.
+
+    GROUP tokens are loaded while those before them are computed. MASKED: CHANNELS does not divide the channels.
+    """
     d = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     mask = d < channels
     slot = tl.program_id(1)
     sequence, first, begin, length = sequence_of(cu_seqlens_ptr, sequences, slot, TOKENS)
-    token = (slot - first) * TOKENS + tl.arange(0, TOKENS)
-    if (slot - first) * TOKENS < length:
+    done = (slot - first) * TOKENS
+    if done < length:
+        left = tl.minimum(length - done, TOKENS)
         x_ptr += begin * x_stride
+        row_ptr = x_ptr + done.to(tl.int64) * x_stride
+        out_ptr += (begin + done) * channels
         state_at = states_ptr + tl.load(slots_ptr + sequence).to(tl.int64) * state_stride + d * WIDTH
-        total = tl.zeros((TOKENS, CHANNELS), tl.float32)
-        if bias_ptr is not None:
-            total += tl.load(bias_ptr + d, mask=mask, other=0.0).to(tl.float32)[None, :]
-        for tap in tl.static_range(WIDTH):
-            source = token + (tap - WIDTH + 1)
-            own = ((source >= 0) & (source < length))[:, None] & mask[None, :]
-            x = tl.load(x_ptr + source.to(tl.int64)[:, None] * x_stride + d[None, :], mask=own, other=0.0).to(
-                tl.float32
-            )
-            if slot == first:
-                before = (source < 0)[:, None] & mask[None, :]
-                at = state_at[None, :] + (WIDTH + source)[:, None]
-                x += tl.load(at, mask=before, other=0.0).to(tl.float32)
-            total += x * tl.load(weight_ptr + d * WIDTH + tap, mask=mask, other=0.0).to(tl.float32)[None, :]
-        at = out_ptr + (begin + token)[:, None] * channels + d[None, :]
-        tl.store(at, silu(total).to(out_ptr.dtype.element_ty), mask=(token < length)[:, None] & mask[None, :])
+        rows = _load_rows(row_ptr, x_stride, left, d, mask, GROUP, MASKED)
+        before = _inputs_before(row_ptr, x_stride, state_at, d, mask, slot == first, WIDTH)
+        taps, bias = _weights(weight_ptr, bias_ptr, d, mask, CHANNELS, WIDTH)
+        while left > 0:
+            row_ptr += GROUP * x_stride
+            coming = _load_rows(row_ptr, x_stride, left - GROUP, d, mask, GROUP, MASKED)
+            for i in tl.static_range(GROUP):
+                window = before + (rows[i].to(tl.float32),)
+                total = bias
+                for tap in tl.static_range(WIDTH):
+                    total += window[tap] * taps[tap]
+                there = (i < left) & mask if MASKED else i < left
+                tl.store(out_ptr + i * channels + d, silu(total).to(out_ptr.dtype.element_ty), mask=there)
+                before = window[1:]
+            rows = coming
+            out_ptr += GROUP * channels
+            left -= GROUP
         if slot == first:
             tl.debug_barrier()  # all threads have read the state
             _store_last(x_ptr, x_stride, d, mask, state_at, length, WIDTH)
+
+
+@triton.jit
+def _load_rows(row_ptr, x_stride, left, d, mask, GROUP: tl.constexpr, MASKED: tl.constexpr):
+    """The inputs [CHANNELS] of GROUP tokens as they come; zero where fewer are left."""
+    rows = ()
+    for i in tl.static_range(GROUP):
+        there = (i < left) & mask if MASKED else i < left
+        rows = rows + (tl.load(row_ptr + i * x_stride + d, mask=there, other=0.0),)
+    return rows
+
+
+@triton.jit
+def _inputs_before(row_ptr, x_stride, state_at, d, mask, is_first, WIDTH: tl.constexpr):
+    """The WIDTH - 1 inputs before a chunk, float32: of the sequence, or of its state before its first chunk."""
+    rows = ()
+    for back in tl.static_range(WIDTH - 1, 0, -1):
+        x = tl.load(row_ptr - back * x_stride + d, mask=mask & (is_first == 0), other=0.0).to(tl.float32)
+        rows = rows + (x + tl.load(state_at + (WIDTH - back), mask=mask & is_first, other=0.0).to(tl.float32),)
+    return rows
+
+
+@triton.jit
+def _weights(weight_ptr, bias_ptr, d, mask, CHANNELS: tl.constexpr, WIDTH: tl.constexpr):
+    """WIDTH taps and the bias, float32 [CHANNELS] each."""
+    taps = ()
+    for tap in tl.static_range(WIDTH):
+        taps = taps + (tl.load(weight_ptr + d * WIDTH + tap, mask=mask, other=0.0).to(tl.float32),)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + d, mask=mask, other=0.0).to(tl.float32)
+    else:
+        bias = tl.zeros((CHANNELS,), tl.float32)
+    return taps, bias
 
 
 @triton.jit
