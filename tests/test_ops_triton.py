@@ -109,10 +109,10 @@ def test_packed_prompts_are_convolved_as_by_the_reference(
 @pytest.mark.parametrize("channels", [512, 500], ids=["whole", "masked"])
 def test_the_convolution_compiles_for_gpus_that_are_not_here(channels):
     """And loads the channels of a lane as one word."""
-    from megatron_ssm_tp.ops.conv1d import LONG
+    from megatron_ssm_tp.ops.conv1d import WIDE
     from megatron_ssm_tp.ops.conv1d_triton import conv1d_chunks
 
-    tokens, block, warps, group = LONG
+    tokens, block, warps, group = WIDE
     types = {name: "*bf16" for name in conv1d_chunks.arg_names if name.endswith("_ptr")}
     types |= {"slots_ptr": "*i64", "cu_seqlens_ptr": "*i32", "sequences": "i32", "channels": "i32"}
     types |= {"x_stride": "i32", "state_stride": "i32"}

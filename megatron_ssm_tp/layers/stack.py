@@ -80,7 +80,7 @@ class SSMStack(HybridStack):
         whole = self.pre_process and self.post_process and self.post_layer_norm
         if not (plain and whole and context.is_dynamic_batching()):
             return False
-        return all(type(layer) is MixerLayer and layer.adds_plainly for layer in self.layers)
+        return len(self.layers) > 0 and all(type(layer) is MixerLayer and layer.adds_plainly for layer in self.layers)
 
     def _fused(self, hidden_states: torch.Tensor, context: BaseInferenceContext) -> torch.Tensor:
         """The layers, each with the norm that follows it: [l, b, h] -> [l, b, h] after the final norm."""

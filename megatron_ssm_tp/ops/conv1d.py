@@ -11,8 +11,7 @@ from .conv1d_triton import conv1d_chunks, conv1d_step
 from .selective_scan import dense_states, last_axis_dense
 
 Tile = tuple[int, int, int, int]  # of a program: tokens, channels, warps, and tokens loaded at a time
-LONG, SHORT = (64, 512, 4, 8), (16, 512, 4, 8)
-MANY_PROGRAMS = 1024  # with fewer long ones than this, a GPU is not full of them
+WIDE, NARROW = (16, 512, 4, 8), (32, 256, 4, 8)  # for 8192 channels and more, and for fewer: measured on an H100
 STEP_CHANNELS = 256
 
 
@@ -32,7 +31,7 @@ def causal_conv1d_varlen(
         states: [slots, D, K], the last K inputs; read at each sequence's start and written in place at its end.
         slots: int [s], each sequence's own.
         cu_seqlens: int [s + 1], where sequences begin and end in T. Not read by the host.
-        tile: how the kernel is launched, of at least K - 1 tokens; None: by the sizes.
+        tile: how the kernel is launched, of at least K - 1 tokens; None: by D.
 
     Returns:
         y [T, D] in x's dtype. Nothing here is differentiable.
@@ -45,7 +44,7 @@ def causal_conv1d_varlen(
     if not out.numel() or sequences < 1:
         return out
     x, weight, cached = last_axis_dense(x), weight.contiguous(), dense_states(states)
-    tokens, channels, warps, group = tile or _tile_for(*x.shape)
+    tokens, channels, warps, group = tile or _tile_for(x.shape[1])
     if tokens < weight.shape[1] - 1:
         raise UserError("tile", tile, f"has too few tokens before those of {weight.shape[1]} taps", "more tokens")
     grid = (-(-x.shape[1] // channels), len(x) // tokens + sequences)
@@ -63,8 +62,8 @@ def causal_conv1d_varlen(
     return out
 
 
-def _tile_for(tokens: int, channels: int) -> Tile:
-    return LONG if tokens // LONG[0] * -(-channels // LONG[1]) >= MANY_PROGRAMS else SHORT
+def _tile_for(channels: int) -> Tile:
+    return WIDE if channels >= 8192 else NARROW
 
 
 def causal_conv1d_step(

@@ -32,11 +32,10 @@ def sequence_of(cu_seqlens_ptr, sequences, slot, chunk):
 
 @triton.jit
 def chunk_of(cu_seqlens_ptr, sequences, slot, chunk, MULTIPLE: tl.constexpr):
-    """The sequence, its first slot, the chunk's first token (int64) and tokens (0: no chunk), whether it is the last.
+    """The sequence, its first slot, the chunk's first token (int64) and tokens (0: no chunk), whether it is the last,
+    and how many slots have chunks: the first ones.
 
     Chunks of a sequence are of one length near `chunk`, a multiple of MULTIPLE, but for the last, which is no longer.
-    Slots without a chunk are behind all others: programs that end at once, between ones that work long, would leave
-    some multiprocessors with twice the work of others.
     """
     sequence, first, before = 0, 0, 0
     for start in range(0, sequences, _SEARCH):
@@ -56,7 +55,7 @@ def chunk_of(cu_seqlens_ptr, sequences, slot, chunk, MULTIPLE: tl.constexpr):
         done = (slot - first) * size
         tokens = tl.minimum(tl.maximum(length - done, 0), size)
         begin, last = (start + done).to(tl.int64), done + tokens >= length
-    return sequence, first, begin, tokens, last
+    return sequence, first, begin, tokens, last, before
 
 
 @triton.jit

@@ -100,9 +100,9 @@ def selective_scan_varlen(
     how = how or launch_for(shape.tokens, shape.sequences, shape.warps, multiprocessors(x.device))
     lanes, chunk = shape.lanes(how.warps), how.chunk
     cut = 2 * shape.tokens >= 3 * chunk  # the shortest that chunk_of cuts is 1.5 chunks
-    grid = shape.grid(lanes, shape.tokens // chunk + shape.sequences)
-    starts = A.new_empty(grid[1] if cut else 0, shape.d_state, shape.channels)
-    steps = A.new_empty(grid[1] if cut else 0, shape.channels)
+    grid = shape.grid(lanes, max(shape.sequences, -(-shape.tokens // chunk)))
+    chunks = shape.tokens // chunk + shape.sequences if cut else 0  # at most
+    starts, steps = A.new_empty(chunks, shape.d_state, shape.channels), A.new_empty(chunks, shape.channels)
     given = (x, dt, z, out, A, _packed(B, C, shape), D, dt_bias, cached, slots, cu_seqlens, starts, steps)
     numbers = (shape.sequences, *shape.geometry(lanes), chunk, x.stride(0), dt.stride(0), z.stride(0), cached.stride(0))
     options = {"N": shape.padded, "LANES": lanes, "STAGES": how.stages, "MASKED": shape.masked(lanes)}

@@ -95,7 +95,7 @@ def chunk_states(
     """
     head, p = tl.program_id(0) // channel_blocks, tl.program_id(0) % channel_blocks * P
     slot = tl.program_id(1)
-    sequence, first, begin, tokens, last = chunk_of(cu_seqlens_ptr, sequences, slot, chunk, BLOCK)
+    sequence, first, begin, tokens, last, _ = chunk_of(cu_seqlens_ptr, sequences, slot, chunk, BLOCK)
     if (tokens > 0) & (last == 0):
         where, size = (head, p, channels, d_state), heads * channels * d_state
         start_at = starts_ptr + slot.to(tl.int64) * size
@@ -158,7 +158,7 @@ def scan_chunks(
     """y of every chunk, from the state that the chunks before it leave; the last one's state goes to the cache."""
     head, p = tl.program_id(0) // channel_blocks, tl.program_id(0) % channel_blocks * P
     slot = tl.program_id(1)
-    sequence, first, begin, tokens, last = chunk_of(cu_seqlens_ptr, sequences, slot, chunk, BLOCK)
+    sequence, first, begin, tokens, last, _ = chunk_of(cu_seqlens_ptr, sequences, slot, chunk, BLOCK)
     if tokens > 0:
         where = (head, p, channels, d_state)
         cached_at = states_ptr + tl.load(slots_ptr + sequence).to(tl.int64) * state_stride
