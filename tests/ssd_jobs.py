@@ -1,6 +1,8 @@
 """What Triton's interpreter is asked about Mamba-2's kernels: where they differ from the reference."""
 
+import sys
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import torch
 from ops_jobs import Inputs, compared, kernels_here
@@ -26,6 +28,8 @@ class SSDCase:
     limit: tuple[float, float] = NO_LIMIT
     gap: int = 0
     rate: float = 1.0  # how fast states are forgotten
+    shock: float | None = None  # dt of every twentieth token
+    bound: float | None = None  # of errors, in place of _BOUNDS
     backwards: bool = False  # the order of a kernel's programs
     seed: int = 0
     how: dict = field(default_factory=dict)
@@ -41,6 +45,8 @@ def inputs_of(case: SSDCase) -> Inputs:
 
     x, B, C, _ = normal(total, sum(sizes) + case.gap).to(case.dtype).split([*sizes, case.gap], dim=-1)
     tokens = {"x": x.unflatten(-1, (case.heads, -1)), "dt": normal(total, case.gap + case.heads)[:, case.gap :]}
+    if case.shock is not None:
+        tokens["dt"][3::20] = case.shock
     tokens["dt"] = tokens["dt"].to(case.dtype)
     tokens |= {"B": B.unflatten(-1, (case.groups, -1)), "C": C.unflatten(-1, (case.groups, -1))}
     A = -case.rate * torch.exp(normal(case.heads))
@@ -85,7 +91,7 @@ def compare_prefill(case: SSDCase, at: int | None = None) -> str:
         given,
         by_kernels,
         lambda states: ssd_reference.ssd_varlen(*_arguments(given), case.limit, states, *where),
-        _BOUNDS[case.dtype],
+        case.bound or _BOUNDS[case.dtype],
     )
 
 
@@ -121,6 +127,16 @@ def errors_in_bfloat16(case: SSDCase) -> list[tuple[float, float]]:
     ]
 
 
+def errors_of_the_tool(dtype: torch.dtype) -> list[float]:
+    """What tools/bench_ssd.py finds, on the CPU."""
+    kernels_here()
+    sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
+    import bench_ssd
+
+    bench_ssd.DEVICE = "cpu"
+    return bench_ssd.errors(bench_ssd.Shape("small", 4, 16, 2, 32), [70, 1, 64, 3], dtype, None)
+
+
 def in_products_of(dtype, x, dt, A, B, C, D, dt_bias, state, block):
     """The reference's formula (ssd_reference._chunk) in float64, but for what is multiplied: rounded to `dtype`."""
 
@@ -136,7 +152,7 @@ def in_products_of(dtype, x, dt, A, B, C, D, dt_bias, state, block):
         total = (step[:, part] * A).cumsum(1)
         weights = torch.exp(total[:, :, None] - total[:, None]) * step[:, None, part]
         weights = weights * product("bthn,bshn->btsh", C[:, part], B[:, part])
-        weights = torch.where(torch.ones(weights.shape[1:3]).tril().bool()[None, :, :, None], weights, 0.0)
+        weights = torch.where(torch.ones_like(weights[0, ..., 0]).tril().bool()[None, ..., None], weights, 0.0)
         before = product("bthn,bhpn->bthp", C[:, part], state) * total.exp()[..., None]
         outputs.append(before + product("btsh,bshp->bthp", weights, x[:, part]))
         weighted = x[:, part] * (torch.exp(total[:, -1:] - total) * step[:, part])[..., None]

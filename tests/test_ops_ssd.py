@@ -51,6 +51,11 @@ def test_many_chunks_and_states_that_last_or_are_gone_at_once(interpreted, rate)
         assert interpreted(jobs.compare_prefill, case) == ""
 
 
+def test_after_a_step_that_forgets_everything_decays_keep_their_digits(interpreted):
+    """All but a few: the sums of logarithms that such steps leave are some hundreds, not millions."""
+    assert interpreted(jobs.compare_prefill, SSDCase((60,), rate=0.1, shock=1e6, bound=1e-3)) == ""
+
+
 def test_states_of_16_bits(interpreted):
     case = SSDCase((9, 2), dtype=torch.bfloat16, state_dtype=torch.bfloat16)
     assert interpreted(jobs.compare_prefill, case) == ""
@@ -83,6 +88,12 @@ def test_bfloat16_errs_no_more_than_the_formula_with_bfloat16_factors(interprete
     case = SSDCase((300,), 4, 64, 2, d_state, torch.bfloat16, rate=rate, how={"chunk": 128})
     for found, formula in interpreted(jobs.errors_in_bfloat16, case):
         assert found <= 1.01 * formula and 0 < formula < 0.01
+
+
+def test_the_tool_that_checks_gpus_finds_errors_small(interpreted):
+    assert max(interpreted(jobs.errors_of_the_tool, torch.float32)) < 1e-6
+    found = interpreted(jobs.errors_of_the_tool, torch.bfloat16)
+    assert found[:2] == pytest.approx(found[4:], rel=0.01)
 
 
 @pytest.mark.parametrize(
