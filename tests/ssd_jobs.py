@@ -67,7 +67,7 @@ def _kernels(case: SSDCase):
     kernels_here()
     from megatron_ssm_tp.ops import ssd
 
-    return ssd, ssd.SSDLaunch(**case.how)
+    return ssd, ssd.SSDLaunch(**case.how) if case.how else None
 
 
 def compare_prefill(case: SSDCase, at: int | None = None) -> str:
@@ -110,6 +110,7 @@ def compare_step(case: SSDCase) -> str:
 def errors_in_bfloat16(case: SSDCase) -> list[tuple[float, float]]:
     """Relative errors of y and of the final state, by the kernels and by `in_bfloat16_products`; one sequence."""
     given, (ssd, how) = inputs_of(case), _kernels(case)
+    how = how or ssd.launch_for(case.dtype, case.d_state)
     exact = [t.double() if t.is_floating_point() else t for t in _arguments(given)]
     dense = [t[None] if name in given.tokens else t for name, t in zip(_ARGUMENTS, exact, strict=True)]
     initial = given.states[given.slots].double()
@@ -168,9 +169,9 @@ def compile_for_hopper(kernel: str, dtype: str, channels: int, d_state: int):
 
     from megatron_ssm_tp.ops import ssd, ssd_step_triton, ssd_triton
 
-    how = asdict(ssd.DEFAULT)
     function = getattr(ssd_step_triton if kernel == "ssd_state_step" else ssd_triton, kernel)
     torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+    how = asdict(ssd.launch_for(torch_dtype, d_state))
     product, precision = ssd._PRODUCTS[torch_dtype]
     constants = {"P": channels, "N": d_state, "BLOCK": how["block"], "HEADS": 16, "MASKED": False, "channel_blocks": 1}
     constants |= {"PRODUCT": product, "PRECISION": precision}

@@ -1,5 +1,7 @@
 """Mamba-2's kernels in Triton's interpreter, on the CPU, against the reference; and that they compile for GPUs."""
 
+import re
+
 import pytest
 import ssd_jobs as jobs
 import torch
@@ -101,14 +103,16 @@ def test_the_tool_that_checks_gpus_finds_errors_small(interpreted):
     [
         ("block_decays", "bf16", 64, 128),
         ("chunk_states", "bf16", 64, 128),
+        ("chunk_states", "fp32", 64, 256),
         ("scan_chunks", "bf16", 64, 128),
-        ("scan_chunks", "bf16", 64, 64),
+        ("scan_chunks", "bf16", 64, 256),
         ("scan_chunks", "fp32", 16, 16),
         ("ssd_state_step", "bf16", 32, 128),
     ],
 )
 def test_kernels_compile_for_gpus_that_are_not_here(kernel, dtype, channels, d_state):
-    """And have tensor cores multiply, where they do multiply."""
-    ptx = jobs.compile_for_hopper(kernel, dtype, channels, d_state).asm["ptx"]
-    assert ".target sm_90" in ptx
-    assert ("wgmma" in ptx) == (kernel in ("chunk_states", "scan_chunks"))
+    """And fit, and have tensor cores multiply, where they do multiply."""
+    compiled = jobs.compile_for_hopper(kernel, dtype, channels, d_state)
+    ptx = compiled.asm["ptx"]
+    assert ".target sm_90" in ptx and compiled.metadata.shared <= 227 << 10
+    assert bool(re.search(r"\bw?g?mma\.", ptx)) == (kernel in ("chunk_states", "scan_chunks"))

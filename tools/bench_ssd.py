@@ -12,7 +12,7 @@ import argparse
 import itertools
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 
@@ -85,7 +85,7 @@ def _error(found: torch.Tensor, true: torch.Tensor) -> float:
 def errors(shape: Shape, lengths: list[int], dtype: torch.dtype, chunk: int | None) -> list[float]:
     """Of y and states of prompts, then of a step after them; then, for y and states, of bfloat16 products."""
     given = inputs_of(shape, lengths, dtype)
-    states, how = given.states.clone(), ssd.SSDLaunch(chunk=chunk)
+    states, how = given.states.clone(), replace(ssd.launch_for(dtype, shape.d_state), chunk=chunk)
     y = ssd.ssd_varlen(*given.arguments, states, given.slots, given.cu_seqlens, how)
     bounds, before = given.cu_seqlens.tolist(), given.states[given.slots].double()
     true, rounded = [], []
@@ -110,8 +110,8 @@ def check() -> bool:
     print("| shape | dtype | chunk | y | states | step's y | step's states | y, rounded | states, rounded |")
     print("|" + "---|" * 9)
     right = True
-    odd = Shape("8 groups of odd sizes", 16, 40, 8, 24)
-    for shape, chunk in itertools.product([*SHAPES[:2], odd], [None, 256]):
+    odd, wide = Shape("8 groups of odd sizes", 16, 40, 8, 24), Shape("wide states", 8, 128, 1, 256)
+    for shape, chunk in itertools.product([*SHAPES[:2], odd, wide], [None, 256]):
         for dtype, bound in ((torch.float32, 2e-5), (torch.float16, 2e-3), (torch.bfloat16, 1e-2)):
             found = errors(shape, [1500, 1, 64, 700, 3], dtype, chunk)
             fine = max(found) < bound and (dtype != torch.bfloat16 or found[0] < 1.02 * found[4])
