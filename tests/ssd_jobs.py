@@ -1,6 +1,8 @@
 """What Triton's interpreter is asked about Mamba-2's kernels: where they differ from the reference."""
 
+import sys
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import torch
 from ops_jobs import Inputs, compared, kernels_here
@@ -26,6 +28,8 @@ class SSDCase:
     limit: tuple[float, float] = NO_LIMIT
     gap: int = 0
     rate: float = 1.0  # how fast states are forgotten
+    shock: float | None = None  # dt of every twentieth token
+    bound: float | None = None  # of errors, in place of _BOUNDS
     backwards: bool = False  # the order of a kernel's programs
     seed: int = 0
     how: dict = field(default_factory=dict)
@@ -41,6 +45,8 @@ def inputs_of(case: SSDCase) -> Inputs:
 
     x, B, C, _ = normal(total, sum(sizes) + case.gap).to(case.dtype).split([*sizes, case.gap], dim=-1)
     tokens = {"x": x.unflatten(-1, (case.heads, -1)), "dt": normal(total, case.gap + case.heads)[:, case.gap :]}
+    if case.shock is not None:
+        tokens["dt"][3::20] = case.shock
     tokens["dt"] = tokens["dt"].to(case.dtype)
     tokens |= {"B": B.unflatten(-1, (case.groups, -1)), "C": C.unflatten(-1, (case.groups, -1))}
     A = -case.rate * torch.exp(normal(case.heads))
@@ -61,7 +67,7 @@ def _kernels(case: SSDCase):
     kernels_here()
     from megatron_ssm_tp.ops import ssd
 
-    return ssd, ssd.SSDLaunch(**case.how)
+    return ssd, ssd.SSDLaunch(**case.how) if case.how else None
 
 
 def compare_prefill(case: SSDCase, at: int | None = None) -> str:
@@ -85,7 +91,7 @@ def compare_prefill(case: SSDCase, at: int | None = None) -> str:
         given,
         by_kernels,
         lambda states: ssd_reference.ssd_varlen(*_arguments(given), case.limit, states, *where),
-        _BOUNDS[case.dtype],
+        case.bound or _BOUNDS[case.dtype],
     )
 
 
@@ -104,6 +110,7 @@ def compare_step(case: SSDCase) -> str:
 def errors_in_bfloat16(case: SSDCase) -> list[tuple[float, float]]:
     """Relative errors of y and of the final state, by the kernels and by `in_bfloat16_products`; one sequence."""
     given, (ssd, how) = inputs_of(case), _kernels(case)
+    how = how or ssd.launch_for(case.dtype, case.d_state)
     exact = [t.double() if t.is_floating_point() else t for t in _arguments(given)]
     dense = [t[None] if name in given.tokens else t for name, t in zip(_ARGUMENTS, exact, strict=True)]
     initial = given.states[given.slots].double()
@@ -121,6 +128,16 @@ def errors_in_bfloat16(case: SSDCase) -> list[tuple[float, float]]:
     ]
 
 
+def errors_of_the_tool(dtype: torch.dtype) -> list[float]:
+    """What tools/bench_ssd.py finds, on the CPU."""
+    kernels_here()
+    sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
+    import bench_ssd
+
+    bench_ssd.DEVICE = "cpu"
+    return bench_ssd.errors(bench_ssd.Shape("small", 4, 16, 2, 32), [70, 1, 64, 3], dtype, None)
+
+
 def in_products_of(dtype, x, dt, A, B, C, D, dt_bias, state, block):
     """The reference's formula (ssd_reference._chunk) in float64, but for what is multiplied: rounded to `dtype`."""
 
@@ -136,7 +153,7 @@ def in_products_of(dtype, x, dt, A, B, C, D, dt_bias, state, block):
         total = (step[:, part] * A).cumsum(1)
         weights = torch.exp(total[:, :, None] - total[:, None]) * step[:, None, part]
         weights = weights * product("bthn,bshn->btsh", C[:, part], B[:, part])
-        weights = torch.where(torch.ones(weights.shape[1:3]).tril().bool()[None, :, :, None], weights, 0.0)
+        weights = torch.where(torch.ones_like(weights[0, ..., 0]).tril().bool()[None, ..., None], weights, 0.0)
         before = product("bthn,bhpn->bthp", C[:, part], state) * total.exp()[..., None]
         outputs.append(before + product("btsh,bshp->bthp", weights, x[:, part]))
         weighted = x[:, part] * (torch.exp(total[:, -1:] - total) * step[:, part])[..., None]
@@ -152,9 +169,9 @@ def compile_for_hopper(kernel: str, dtype: str, channels: int, d_state: int):
 
     from megatron_ssm_tp.ops import ssd, ssd_step_triton, ssd_triton
 
-    how = asdict(ssd.DEFAULT)
     function = getattr(ssd_step_triton if kernel == "ssd_state_step" else ssd_triton, kernel)
     torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+    how = asdict(ssd.launch_for(torch_dtype, d_state))
     product, precision = ssd._PRODUCTS[torch_dtype]
     constants = {"P": channels, "N": d_state, "BLOCK": how["block"], "HEADS": 16, "MASKED": False, "channel_blocks": 1}
     constants |= {"PRODUCT": product, "PRECISION": precision}

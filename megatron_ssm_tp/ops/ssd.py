@@ -20,7 +20,7 @@ into x, where no intermediate states are asked for (ssm/ops/mamba_ssm.py).
 Precision: bfloat16 tokens are multiplied as bfloat16; what multiplies them (weighted scores, the state, weighted x) is
 rounded to bfloat16, once each, and sums are float32. float16 is multiplied as TF32, which holds it and does not
 overflow; float32 as three TF32 products. States are float32 in registers, and so are sums of logarithms of decays over
-a block: a decay is off by 2^-24 of their size, which a step that forgets everything makes no greater than 150.
+a block: decays are off by 2^-24 of these, to which a step adds 150 at most, however much it forgets.
 """
 
 from dataclasses import dataclass
@@ -66,7 +66,12 @@ class SSDLaunch:
     programs_per_sm: int = 2
 
 
-DEFAULT = SSDLaunch()
+def launch_for(dtype: torch.dtype, d_state: int) -> SSDLaunch:
+    """What fits into an SM's shared memory and registers: tokens' rows of B and C decide."""
+    row = _tile(d_state) * _PRODUCTS[dtype][0].primitive_bitwidth // 8
+    if row <= 256:
+        return SSDLaunch()
+    return SSDLaunch(block=32, channels=64 if row <= 1024 else 32, stages=1, states_stages=2)
 
 
 def ssd_varlen(
@@ -81,7 +86,7 @@ def ssd_varlen(
     states: torch.Tensor,
     slots: torch.Tensor,
     cu_seqlens: torch.Tensor,
-    how: SSDLaunch = DEFAULT,
+    how: SSDLaunch | None = None,
 ) -> torch.Tensor:
     """h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t;  y_t = C_t h_t + D x_t, with dt = clamp(softplus(dt + dt_bias)).
 
@@ -92,6 +97,7 @@ def ssd_varlen(
         states: [slots, H, P, N], float32 or narrower, read at each sequence's start and written in place at its end.
         slots: int [s], each sequence's own.
         cu_seqlens: int [s + 1], where sequences begin and end in T. Not read by the host.
+        how: None is launch_for(x.dtype, N).
 
     Returns:
         y [T, H, P] in x's dtype. Nothing here is differentiable.
@@ -101,7 +107,7 @@ def ssd_varlen(
         return out
     x, B, C, dt = _dense_rows(x), _dense_rows(B), _dense_rows(C), last_axis_dense(dt)
     A, D, dt_bias, cached = A.float().contiguous(), D.contiguous(), dt_bias.contiguous(), dense_states(states)
-    shape = _Shape(*x.shape, *B.shape[1:], cu_seqlens.numel() - 1)
+    shape, how = _Shape(*x.shape, *B.shape[1:], cu_seqlens.numel() - 1), how or launch_for(x.dtype, B.shape[2])
     step, total = A.new_empty(2, shape.heads, shape.tokens)
     block_decays[shape.grid(how.block, -(-shape.heads // _HEADS_OF_DECAYS))](
         *(dt, A, dt_bias, step, total, cu_seqlens, shape.sequences, shape.tokens, shape.heads, dt.stride(0)),
@@ -180,8 +186,7 @@ class _Shape:
 
     def tiles(self, most: int) -> dict[str, int]:
         """Channels and states of a program: powers of two, and what products take at least."""
-        P, N = (max(16, triton.next_power_of_2(size)) for size in (self.channels, self.d_state))
-        return {"P": min(P, most), "N": N}
+        return {"P": min(_tile(self.channels), most), "N": _tile(self.d_state)}
 
     def channel_blocks(self, most: int) -> int:
         return -(-self.channels // self.tiles(most)["P"])
@@ -205,6 +210,10 @@ class _Shape:
         programs = self.heads * self.channel_blocks(how.channels)
         wanted = max(1, how.programs_per_sm * multiprocessors(device) // programs)
         return even_chunk(self.tokens, self.sequences, max(SHORTEST_CHUNK, self.tokens // wanted))
+
+
+def _tile(size: int) -> int:
+    return max(16, triton.next_power_of_2(size))
 
 
 def _dense_rows(x: torch.Tensor) -> torch.Tensor:

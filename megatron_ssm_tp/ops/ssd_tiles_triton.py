@@ -14,9 +14,8 @@ def load_decays(step_at, total_at, tokens, BLOCK: tl.constexpr, WHOLE: tl.conste
     if WHOLE:
         return tl.load(step_at + t), tl.load(total_at + t), tl.load(total_at + BLOCK - 1)
     else:
-        end = tl.load(total_at + tokens - 1)
-        total = tl.where(t < tokens, tl.load(total_at + t, mask=t < tokens, other=0.0), end)
-        return tl.load(step_at + t, mask=t < tokens, other=0.0), total, end
+        there, end = t < tokens, tl.load(total_at + tokens - 1)
+        return tl.load(step_at + t, mask=there, other=0.0), tl.load(total_at + t, mask=there, other=0.0), end
 
 
 @triton.jit
