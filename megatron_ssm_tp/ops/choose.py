@@ -10,11 +10,12 @@ from ..errors import UserError
 from . import reference
 
 OPS = ("causal_conv1d_varlen", "causal_conv1d_step", "selective_scan_varlen", "selective_state_step")
+DENSE = ("causal_conv1d", "selective_scan")  # training's
 
 
 @dataclass(frozen=True)
 class Implementation:
-    """The operators of reference.py that inference calls, and whose they are.
+    """The operators of reference.py that mixers call, and whose they are.
 
     Args:
         name: "triton" or "reference".
@@ -27,13 +28,15 @@ class Implementation:
     causal_conv1d_step: Callable[..., torch.Tensor]
     selective_scan_varlen: Callable[..., torch.Tensor]
     selective_state_step: Callable[..., torch.Tensor]
+    causal_conv1d: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    selective_scan: Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
 def implementation(name: str = "auto") -> Implementation:
     """The implementation of that name; "auto" is "triton" where Triton and a CUDA device are, else "reference".
 
-    "triton" has no backward and no kernels for the CPU: it leaves tensors there, and calls that autograd records, to
-    the reference.
+    "triton" has no kernels for the CPU, and none with a backward but for dense sequences: it leaves tensors there, and
+    other calls that autograd records, to the reference.
 
     Raises:
         UserError: there is none of that name, or it cannot run here.
@@ -44,12 +47,14 @@ def implementation(name: str = "auto") -> Implementation:
     if name == "triton" and missing:
         raise UserError("ops", name, f"cannot run here: {missing}", "auto, reference")
     if name == "reference" or missing:
-        operators = {op: getattr(reference, op) for op in OPS}
+        operators = {op: getattr(reference, op) for op in OPS + DENSE}
         return Implementation("reference", missing if name == "auto" else "asked for", **operators)
-    from . import conv1d, selective_scan
+    from . import conv1d, conv1d_grad, selective_scan, selective_scan_grad
 
     kernels = {op: getattr(conv1d if "conv1d" in op else selective_scan, op) for op in OPS}
     operators = {op: partial(_by_tensors, kernels[op], getattr(reference, op)) for op in OPS}
+    dense = {op: getattr(conv1d_grad if "conv1d" in op else selective_scan_grad, op) for op in DENSE}
+    operators |= {op: partial(_by_device, dense[op], getattr(reference, op)) for op in DENSE}
     return Implementation("triton", "Triton and CUDA are here" if name == "auto" else "asked for", **operators)
 
 
@@ -69,3 +74,7 @@ def _missing_for_triton() -> str:
 def _by_tensors(kernel: Callable, truth: Callable, x: torch.Tensor, *arguments: torch.Tensor | None) -> torch.Tensor:
     recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *arguments))
     return (kernel if x.is_cuda and not recorded else truth)(x, *arguments)
+
+
+def _by_device(kernel: Callable, truth: Callable, x: torch.Tensor, *arguments: torch.Tensor | None) -> tuple:
+    return (kernel if x.is_cuda else truth)(x, *arguments)
