@@ -161,9 +161,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tune", action="store_true", help="also time other launches")
     arguments = parser.parse_args()
-    print(
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, mamba-ssm {'here' if selective_scan_fn else 'not here'}\n"
-    )
+    theirs = "mamba-ssm" if selective_scan_fn else "no mamba-ssm"
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {theirs}\n")
     good = check()
     take_times(arguments.tune)
     show_kernels()

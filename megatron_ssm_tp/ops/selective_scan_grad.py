@@ -7,6 +7,7 @@ by groups of channels. All sums are made in one order: results do not differ fro
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -31,7 +32,8 @@ class GradLaunch:
         tile: channels times states of a program of backward.
         warps: of such a program.
         max_registers: of a thread of it.
-        groups: into how many runs the channels are parted for the sums over channels; None is enough to fill the GPU.
+        group_blocks: how many blocks of channels a program takes one after the other, adding up their gradients of B
+            and C; None is what `group_blocks_for` finds.
     """
 
     chunk: int = 64
@@ -40,7 +42,22 @@ class GradLaunch:
     tile: int = 512
     warps: int = 1
     max_registers: int | None = 168
-    groups: int | None = None
+    group_blocks: int | None = None
+
+
+@cache
+def group_blocks_for(slots: int, blocks: int, programs: int) -> int:
+    """How many of the `blocks` of channels of each of `slots` a program takes one after the other.
+
+    As many as leave the longest program within a twentieth of the least: each group has its own gradient of B and C.
+    """
+
+    def longest(size: int) -> int:
+        return -(-slots * -(-blocks // size) // programs) * size
+
+    sizes = range(1, blocks + 1)
+    least = min(map(longest, sizes))
+    return max(size for size in sizes if 20 * longest(size) <= 21 * least)
 
 
 def selective_scan(
@@ -175,9 +192,7 @@ def _backward(given: _Given, starts, dy, dfinal, initial_dtype: torch.dtype | No
         dinitial = starts.new_empty(given.batch, shape.channels, shape.d_state, dtype=initial_dtype)
     given.join(ends, steps, None if dfinal is None else dfinal.contiguous(), dinitial, reverse=True)
     wanted = multiprocessors(x.device) * how.programs
-    # Twice the programs, so that the last ones to begin an item are not waited for long.
-    groups = how.groups or min(head_blocks, -(-2 * wanted // (given.slots * shape.heads)))
-    group_blocks = -(-head_blocks // groups)
+    group_blocks = how.group_blocks or group_blocks_for(given.slots * shape.heads, head_blocks, wanted)
     groups = -(-head_blocks // group_blocks)
     programs = min(wanted, given.slots * shape.heads * groups)
     scratch = starts.new_empty(programs, how.chunk // how.sub + how.sub, width * shape.padded)
