@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-import triton
 from torch.autograd.function import once_differentiable
 
 from . import reference
@@ -174,27 +173,16 @@ def _forward(given: _Given, initial: torch.Tensor | None) -> tuple[torch.Tensor,
 def _backward(given: _Given, starts, dy, dfinal, initial_dtype: torch.dtype | None) -> Grads:
     """Gradients of x, dt, A, B, C, D, z, dt_bias and of the initial states (None where there were none)."""
     shape, how, x, dt, z = given.shape, given.how, given.x, given.dt, given.z
-    like = given.like
     dy = x.new_zeros(x.shape) if dy is None else last_axis_dense(dy)
     width = max(1, how.tile // shape.padded)  # channels of a program
-    head_blocks = triton.cdiv(shape.head_channels, width)
+    head_blocks = -(-shape.head_channels // width)
     geometry = (shape.channels, shape.heads, shape.head_channels, head_blocks)
-    strides = [(*t.stride()[:2],) for t in (x, dt, z, dy)]
     constants = {"CHUNK": how.chunk, "N": shape.padded, "CHANNELS": width, "num_warps": how.warps}
-    ends, steps = given.by_slot(shape.d_state), given.by_slot()
-    carry_chunks[given.slots, shape.heads * head_blocks](
-        *(dt, z, dy, given.A, given.BC, given.dt_bias, ends, steps, *given.numbers, *geometry, shape.d_state),
-        *sum(strides[1:], ()),
-        **constants,
-    )
-    dinitial = None
-    if initial_dtype is not None:
-        dinitial = starts.new_empty(given.batch, shape.channels, shape.d_state, dtype=initial_dtype)
-    given.join(ends, steps, None if dfinal is None else dfinal.contiguous(), dinitial, reverse=True)
-    wanted = multiprocessors(x.device) * how.programs
-    group_blocks = how.group_blocks or group_blocks_for(given.slots * shape.heads, head_blocks, wanted)
+    ends, dinitial = _carries(given, dy, dfinal, initial_dtype, geometry, constants)
+    wanted, items = multiprocessors(x.device) * how.programs, given.slots * shape.heads
+    group_blocks = how.group_blocks or group_blocks_for(items, head_blocks, wanted)
     groups = -(-head_blocks // group_blocks)
-    programs = min(wanted, given.slots * shape.heads * groups)
+    programs = min(wanted, items * groups)
     scratch = starts.new_empty(programs, how.chunk // how.sub + how.sub, width * shape.padded)
     dx, ddt, dz = (given.rows_like(t) for t in (x, dt, z))
     dA, dD, dbias = given.by_slot(shape.d_state), given.by_slot(), given.by_slot()
@@ -202,15 +190,30 @@ def _backward(given: _Given, starts, dy, dfinal, initial_dtype: torch.dtype | No
     backward_chunks[programs,](
         *(x, dt, z, dy, given.A, given.BC, given.D, given.dt_bias, starts, ends, scratch),
         *(dx, ddt, dz, dA, dBC, dD, dbias, *given.numbers, *geometry, groups, group_blocks, shape.d_state),
-        *sum(strides, ()),
+        *(stride for t in (x, dt, z, dy) for stride in t.stride()[:2]),
         SUB=how.sub,
-        **constants,
         maxnreg=how.max_registers,
+        **constants,
     )
-    dB, dC = dBC.sum(0)[..., : shape.d_state].transpose(0, 1).unbind(-2)
-    if like["B"].dim() == 3:
-        dB, dC = dB.squeeze(2), dC.squeeze(2)
-    dA, dD, dbias = dA.sum(0), dD.sum(0), dbias.sum(0)
-    weights = {"A": dA, "B": dB, "C": dC, "D": dD, "dt_bias": dbias}
-    weights = {name: grad.to(like[name].dtype) for name, grad in weights.items()}
-    return dx, ddt, weights["A"], weights["B"], weights["C"], weights["D"], dz, weights["dt_bias"], dinitial
+    dB, dC = dBC.sum(0)[..., : shape.d_state].transpose(0, 1).unbind(-2)  # [b, l, H, N]
+    found = {"A": dA.sum(0), "B": dB, "C": dC, "D": dD.sum(0), "dt_bias": dbias.sum(0)}
+    found = {name: grad.reshape(given.like[name].shape).to(given.like[name].dtype) for name, grad in found.items()}
+    return dx, ddt, found["A"], found["B"], found["C"], found["D"], dz, found["dt_bias"], dinitial
+
+
+def _carries(
+    given: _Given, dy, dfinal, initial_dtype: torch.dtype | None, geometry: tuple, constants: dict
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Carries at chunks' ends [slots, D, N], and before the first: the initial states' gradient [b, D, N], or None."""
+    shape, dt, z = given.shape, given.dt, given.z
+    ends, steps = given.by_slot(shape.d_state), given.by_slot()
+    carry_chunks[given.slots, shape.heads * geometry[-1]](
+        *(dt, z, dy, given.A, given.BC, given.dt_bias, ends, steps, *given.numbers, *geometry, shape.d_state),
+        *(stride for t in (dt, z, dy) for stride in t.stride()[:2]),
+        **constants,
+    )
+    dinitial = None
+    if initial_dtype is not None:
+        dinitial = ends.new_empty(given.batch, shape.channels, shape.d_state, dtype=initial_dtype)
+    given.join(ends, steps, None if dfinal is None else dfinal.contiguous(), dinitial, reverse=True)
+    return ends, dinitial
