@@ -81,7 +81,7 @@ def check() -> bool:
     print("| tokens and channels | dtype | whose | errors |\n|---|---|---|---|")
     good = True
     for name, case in CASES.items():
-        for dtype in LIMITS:
+        for dtype in LIMITS if case.d_state == 16 else (torch.float32,):
             same = Case(**vars(case) | {"dtype": dtype})
             scans = {"truth": reference.selective_scan, "ours": selective_scan}
             if selective_scan_fn and not case.initial:
