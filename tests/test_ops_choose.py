@@ -14,7 +14,7 @@ PER_OPERATOR = pytest.mark.parametrize("op", choose.TRUTHS)
 def test_without_cuda_it_is_the_reference_and_says_so():
     found = choose.implementation()
     assert found.name == "reference" and found.reason == "no CUDA device"
-    assert all(getattr(found, op) is truth for op, truth in choose.TRUTHS.items())
+    assert all(getattr(found, op) is truth for op, truth in (choose.TRUTHS | choose.DENSE).items())
 
 
 def test_a_name_that_is_none_and_one_that_cannot_run_here():
@@ -41,6 +41,20 @@ def test_with_cuda_it_is_triton_but_not_for_the_cpus_tensors(monkeypatch, op):
     assert called == ["reference", "kernel", "reference", "kernel"]
     assert getattr(found, op).args[1] is choose.TRUTHS[op] and choose.TRUTHS[op].__name__ == op
     assert getattr(found, op).args[0].__name__ == op
+
+
+@pytest.mark.parametrize("op", choose.DENSE)
+def test_with_cuda_training_is_tritons(monkeypatch, op):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    found = getattr(choose.implementation(), op)
+    assert found.func is choose._by_device and found.args[1] is choose.DENSE[op]
+    assert found.args[0].__name__ == op and found.args[0].__module__.endswith("_grad")
+    called = []
+    truth, kernel = (lambda *a, who=who: called.append(who) for who in ("reference", "kernel"))
+    choose._by_device(kernel, truth, torch.zeros(1), None)
+    choose._by_device(kernel, truth, _OnGpu(), torch.zeros(1, requires_grad=True))
+    assert called == ["reference", "kernel"]
 
 
 class _OnGpu:

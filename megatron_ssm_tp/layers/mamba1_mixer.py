@@ -29,7 +29,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from ..config import Mamba1Config
-from ..ops import reference
 from ..ops.norm import rms_normalize_slices
 from ..partition.layout import state_shapes
 from ..partition.parameters import mamba1_parameters
@@ -142,7 +141,7 @@ class Mamba1Mixer(SSMMixer):
         return x, dt, -torch.exp(self.A_log), B, C, self.D, z, self.dt_proj.bias
 
     def scan(self, tokens: Tensors, state: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        return reference.selective_scan(*self._scan_arguments(tokens), state)
+        return self.ops.selective_scan(*self._scan_arguments(tokens), state)
 
     def ssm_prefill(
         self, tokens: Tensors, states: torch.Tensor, slots: torch.Tensor, cu_seqlens: torch.Tensor

@@ -20,7 +20,6 @@ from megatron.core.utils import deprecate_inference_params
 from torch import nn
 
 from ..errors import UserError
-from ..ops import reference
 from ..ops.choose import implementation
 from ..partition.parameters import Table
 from .partitioned import PartitionedModule
@@ -40,7 +39,7 @@ class SSMMixer(PartitionedModule):
         config: Megatron's config; params_dtype is the dtype of all parameters but those the table keeps in float32.
         table: parameters by their names in the module.
         pg_collection: its `tp` group is the one the mixer is cut over.
-        ops: who computes convolution and scan in inference with a dynamic context, see ops/choose.py.
+        ops: who computes convolution and scan, see ops/choose.py.
 
     Raises:
         UserError: the table cannot be shared by the group's ranks, or there is no such implementation.
@@ -151,7 +150,7 @@ class SSMMixer(PartitionedModule):
 
     def _dense(self, x: torch.Tensor, around: Tensors, states: States | None) -> tuple[torch.Tensor, States]:
         conv_state, ssm_state = states or (None, None)
-        convolved, conv_state = reference.causal_conv1d(x.transpose(0, 1), *self.conv_weights(), conv_state)
+        convolved, conv_state = self.ops.causal_conv1d(x.transpose(0, 1), *self.conv_weights(), conv_state)
         tokens = self.inputs(convolved.transpose(0, 1), around)
         y, ssm_state = self.scan(tuple(t.transpose(0, 1) for t in tokens), ssm_state)
         return y.transpose(0, 1).contiguous(), (conv_state, ssm_state)

@@ -17,11 +17,12 @@ TRUTHS = {
     "ssd_varlen": ssd_reference.ssd_varlen,
     "ssd_step": ssd_reference.ssd_step,
 }
+DENSE = {"causal_conv1d": reference.causal_conv1d, "selective_scan": reference.selective_scan}  # training's
 
 
 @dataclass(frozen=True)
 class Implementation:
-    """The operators of reference.py and ssd_reference.py that inference calls, and whose they are.
+    """The operators of reference.py and ssd_reference.py that mixers call, and whose they are.
 
     Args:
         name: "triton" or "reference".
@@ -36,13 +37,15 @@ class Implementation:
     selective_state_step: Callable[..., torch.Tensor]
     ssd_varlen: Callable[..., torch.Tensor]
     ssd_step: Callable[..., torch.Tensor]
+    causal_conv1d: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+    selective_scan: Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
 def implementation(name: str = "auto") -> Implementation:
     """The implementation of that name; "auto" is "triton" where Triton and a CUDA device are, else "reference".
 
-    "triton" has no backward and no kernels for the CPU: it leaves tensors there, and calls that autograd records, to
-    the reference.
+    "triton" has no kernels for the CPU, and none with a backward but for dense sequences: it leaves tensors there, and
+    other calls that autograd records, to the reference.
 
     Raises:
         UserError: there is none of that name, or it cannot run here.
@@ -53,8 +56,8 @@ def implementation(name: str = "auto") -> Implementation:
     if name == "triton" and missing:
         raise UserError("ops", name, f"cannot run here: {missing}", "auto, reference")
     if name == "reference" or missing:
-        return Implementation("reference", missing if name == "auto" else "asked for", **TRUTHS)
-    from . import conv1d, selective_scan, ssd
+        return Implementation("reference", missing if name == "auto" else "asked for", **TRUTHS, **DENSE)
+    from . import conv1d, conv1d_grad, selective_scan, selective_scan_grad, ssd
 
     kernels = {
         "causal_conv1d_varlen": conv1d.causal_conv1d_varlen,
@@ -65,6 +68,8 @@ def implementation(name: str = "auto") -> Implementation:
         "ssd_step": ssd.ssd_step,
     }
     operators = {op: partial(_by_tensors, kernels[op], truth) for op, truth in TRUTHS.items()}
+    dense = {"causal_conv1d": conv1d_grad.causal_conv1d, "selective_scan": selective_scan_grad.selective_scan}
+    operators |= {op: partial(_by_device, dense[op], truth) for op, truth in DENSE.items()}
     return Implementation("triton", "Triton and CUDA are here" if name == "auto" else "asked for", **operators)
 
 
@@ -94,3 +99,7 @@ def _missing_for_triton() -> str:
 
 def _by_tensors(kernel: Callable, truth: Callable, x: torch.Tensor, *arguments: object) -> torch.Tensor:
     return (kernel if kernels_can_take(x, *arguments) else truth)(x, *arguments)
+
+
+def _by_device(kernel: Callable, truth: Callable, x: torch.Tensor, *arguments: torch.Tensor | None) -> tuple:
+    return (kernel if x.is_cuda else truth)(x, *arguments)

@@ -34,6 +34,13 @@ def silu(x):
 
 
 @triton.jit
+def sigmoid(x):
+    """1 / (1 + exp(-x))."""
+    root = tl.rsqrt(1.0 + tl.exp2(-LOG2E * x))
+    return root * root
+
+
+@triton.jit
 def polynomial_exp2(x):
     """2^x for x <= 0 by multiply-adds alone, to 3e-6 of itself and exact at 0; 2^-126 for what is below."""
     x = tl.maximum(x, -126.0)

@@ -96,14 +96,14 @@ def selective_scan_varlen(
         return out
     x, dt, z = (last_axis_dense(t) for t in (x, dt, z))
     A, D, dt_bias, cached = A.float().contiguous(), D.contiguous(), dt_bias.contiguous(), dense_states(states)
-    shape = _Shape(len(x), cu_seqlens.numel() - 1, x.shape[1], 1 if B.dim() == 2 else B.shape[1], A.shape[1])
+    shape = ScanShape(len(x), cu_seqlens.numel() - 1, x.shape[1], 1 if B.dim() == 2 else B.shape[1], A.shape[1])
     how = how or launch_for(shape.tokens, shape.sequences, shape.warps, multiprocessors(x.device))
     lanes, chunk = shape.lanes(how.warps), how.chunk
     cut = 2 * shape.tokens >= 3 * chunk  # the shortest that chunk_of cuts is 1.5 chunks
     grid = shape.grid(lanes, max(shape.sequences, -(-shape.tokens // chunk)))
     chunks = shape.tokens // chunk + shape.sequences if cut else 0  # at most
     starts, steps = A.new_empty(chunks, shape.d_state, shape.channels), A.new_empty(chunks, shape.channels)
-    given = (x, dt, z, out, A, _packed(B, C, shape), D, dt_bias, cached, slots, cu_seqlens, starts, steps)
+    given = (x, dt, z, out, A, packed_bc(B, C, shape), D, dt_bias, cached, slots, cu_seqlens, starts, steps)
     numbers = (shape.sequences, *shape.geometry(lanes), chunk, x.stride(0), dt.stride(0), z.stride(0), cached.stride(0))
     options = {"N": shape.padded, "LANES": lanes, "STAGES": how.stages, "MASKED": shape.masked(lanes)}
     options |= {"num_warps": how.warps, "maxnreg": how.max_registers}
@@ -138,7 +138,7 @@ def selective_state_step(
     x, dt, z = (last_axis_dense(t) for t in (x, dt, z))
     B, C = _by_head(B), _by_head(C)
     A, D, dt_bias, cached = A.float().contiguous(), D.contiguous(), dt_bias.contiguous(), dense_states(states)
-    shape = _Shape(len(x), len(x), x.shape[1], B.shape[1], A.shape[1])
+    shape = ScanShape(len(x), len(x), x.shape[1], B.shape[1], A.shape[1])
     lanes = max(1, 1024 // shape.padded)  # of two channels; 16 states a thread
     strides = (x.stride(0), dt.stride(0), z.stride(0), *B.stride()[:2], *C.stride()[:2], cached.stride(0))
     given = (x, dt, z, out, A, B, C, D, dt_bias, cached, slots)
@@ -151,7 +151,7 @@ def selective_state_step(
 
 
 @dataclass(frozen=True)
-class _Shape:
+class ScanShape:
     tokens: int
     sequences: int
     channels: int
@@ -212,7 +212,7 @@ def dense_states(states: torch.Tensor) -> torch.Tensor:
     return states if states[0].is_contiguous() else states.contiguous()
 
 
-def _packed(B: torch.Tensor, C: torch.Tensor, shape: _Shape) -> torch.Tensor:
+def packed_bc(B: torch.Tensor, C: torch.Tensor, shape: ScanShape) -> torch.Tensor:
     """B and C side by side, as every program of the scan reads them: float32 [T, H, 2, padded N]."""
     packed = B.new_zeros if shape.padded != shape.d_state else B.new_empty
     packed = packed((shape.tokens, shape.heads, 2, shape.padded), dtype=torch.float32)

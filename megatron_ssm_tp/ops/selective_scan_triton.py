@@ -92,7 +92,7 @@ def scan_chunks(
             rows = rows + (out_ptr + begin * channels, x_stride, dt_stride, z_stride, channels)
             BC_at = BC_ptr + (begin * heads + head) * (2 * N)
             planes = (A, pair_of(D_ptr, pair, mask), pair_of(dt_bias_ptr, pair, mask))
-            h, steps = _scan(
+            h, steps = scan_tokens(
                 h, rows, BC_at, heads * 2 * N, planes, lanes, tokens, N, LANES, STAGES, POLYNOMIAL, MASKED, STATES_ONLY
             )
             for parity in tl.static_range(2):
@@ -121,7 +121,7 @@ def _state_before(starts_ptr, steps_ptr, A, first, slot, lanes, parity, channels
 
 
 @triton.jit
-def _scan(
+def scan_tokens(
     h,
     rows,
     BC_at,
