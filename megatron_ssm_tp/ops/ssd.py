@@ -116,10 +116,12 @@ def ssd_varlen(
         HEADS=_HEADS_OF_DECAYS,
     )
     chunk = how.chunk or shape.chunk(how, x.device)
-    grid = shape.grid(chunk, shape.heads * shape.channel_blocks(how.channels))
+    # Programs take chunks in turn: see selective_scan_triton.scan_chunks.
+    grid = (shape.heads * shape.channel_blocks(how.channels), max(shape.sequences, -(-shape.tokens // chunk)))
     cut = 2 * shape.tokens >= 3 * chunk  # the shortest that chunk_of cuts is 1.5 chunks
-    starts = A.new_empty(grid[1] if cut else 0, shape.heads, shape.channels, shape.d_state)
-    decays = A.new_empty(grid[1] if cut else 0, shape.heads)
+    chunks = shape.tokens // chunk + shape.sequences if cut else 0  # at most
+    starts = A.new_empty(chunks, shape.heads, shape.channels, shape.d_state)
+    decays = A.new_empty(chunks, shape.heads)
     where = (step, total, cached, slots, cu_seqlens, starts, decays)
     where += (shape.sequences, chunk, *shape.geometry(how.channels))
     options = shape.tiles(how.channels) | {"BLOCK": how.block, "MASKED": shape.masked(how.channels)}

@@ -95,31 +95,34 @@ def chunk_states(
     """
     head, p = tl.program_id(0) // channel_blocks, tl.program_id(0) % channel_blocks * P
     slot = tl.program_id(1)
-    sequence, first, begin, tokens, last, _ = chunk_of(cu_seqlens_ptr, sequences, slot, chunk, BLOCK)
-    if (tokens > 0) & (last == 0):
-        where, size = (head, p, channels, d_state), heads * channels * d_state
-        start_at = starts_ptr + slot.to(tl.int64) * size
-        if slot == first:
-            cached_at = states_ptr + tl.load(slots_ptr + sequence).to(tl.int64) * state_stride
-            store_state(start_at, load_state(cached_at, where, P, N), where, P, N)
-        x_at = x_ptr + begin * x_stride + head * channels + p
-        B_at = B_ptr + begin * B_stride + head // group_heads * d_state
-        row = head.to(tl.int64) * total_tokens + begin
-        step_at, total_at = step_ptr + row, total_ptr + row
-        state, decay = tl.zeros((P, N), tl.float32), 0.0
-        for _ in range(0, tokens, BLOCK):  # whole blocks: only a sequence's last chunk may end within one
-            x = load_tile(x_at, x_stride, tokens, channels - p, BLOCK, P, True, MASKED)
-            B = load_tile(B_at, B_stride, tokens, d_state, BLOCK, N, True, MASKED)
-            step, total, end = load_decays(step_at, total_at, tokens, BLOCK, True)
-            state = _next_state(state, x, B, step, total, end, PRODUCT, PRECISION)
-            decay += end
-            x_at += BLOCK * x_stride.to(tl.int64)
-            B_at += BLOCK * B_stride.to(tl.int64)
-            step_at += BLOCK
-            total_at += BLOCK
-        store_state(start_at + size, state, where, P, N)
-        # All channels of the head write the same.
-        tl.store(decays_ptr + (slot + 1).to(tl.int64) * heads + head, decay)
+    slots = slot + 1
+    while slot < slots:
+        sequence, first, begin, tokens, last, slots = chunk_of(cu_seqlens_ptr, sequences, slot, chunk, BLOCK)
+        if (tokens > 0) & (last == 0):
+            where, size = (head, p, channels, d_state), heads * channels * d_state
+            start_at = starts_ptr + slot.to(tl.int64) * size
+            if slot == first:
+                cached_at = states_ptr + tl.load(slots_ptr + sequence).to(tl.int64) * state_stride
+                store_state(start_at, load_state(cached_at, where, P, N), where, P, N)
+            x_at = x_ptr + begin * x_stride + head * channels + p
+            B_at = B_ptr + begin * B_stride + head // group_heads * d_state
+            row = head.to(tl.int64) * total_tokens + begin
+            step_at, total_at = step_ptr + row, total_ptr + row
+            state, decay = tl.zeros((P, N), tl.float32), 0.0
+            for _ in range(0, tokens, BLOCK):  # whole blocks: only a sequence's last chunk may end within one
+                x = load_tile(x_at, x_stride, tokens, channels - p, BLOCK, P, True, MASKED)
+                B = load_tile(B_at, B_stride, tokens, d_state, BLOCK, N, True, MASKED)
+                step, total, end = load_decays(step_at, total_at, tokens, BLOCK, True)
+                state = _next_state(state, x, B, step, total, end, PRODUCT, PRECISION)
+                decay += end
+                x_at += BLOCK * x_stride.to(tl.int64)
+                B_at += BLOCK * B_stride.to(tl.int64)
+                step_at += BLOCK
+                total_at += BLOCK
+            store_state(start_at + size, state, where, P, N)
+            # All channels of the head write the same.
+            tl.store(decays_ptr + (slot + 1).to(tl.int64) * heads + head, decay)
+        slot += tl.num_programs(1)
 
 
 @triton.jit
@@ -158,26 +161,32 @@ def scan_chunks(
     """y of every chunk, from the state that the chunks before it leave; the last one's state goes to the cache."""
     head, p = tl.program_id(0) // channel_blocks, tl.program_id(0) % channel_blocks * P
     slot = tl.program_id(1)
-    sequence, first, begin, tokens, last, _ = chunk_of(cu_seqlens_ptr, sequences, slot, chunk, BLOCK)
-    if tokens > 0:
-        where = (head, p, channels, d_state)
-        cached_at = states_ptr + tl.load(slots_ptr + sequence).to(tl.int64) * state_stride
-        if last & (slot == first):
-            state = load_state(cached_at, where, P, N)
-        else:
-            state = _state_before(starts_ptr, decays_ptr, first, slot, heads, where, P, N)
-        shared, row = head // group_heads * d_state, head.to(tl.int64) * total_tokens + begin
-        strides = (x_stride, B_stride, C_stride, heads * channels)
-        x_at, out_at = x_ptr + begin * x_stride + head * channels + p, out_ptr + (begin * heads + head) * channels + p
-        B_at, C_at = B_ptr + begin * B_stride + shared, C_ptr + begin * C_stride + shared
-        rows = (x_at, B_at, C_at, out_at, step_ptr + row, total_ptr + row)
-        sizes, D = (channels - p, d_state), tl.load(D_ptr + head).to(tl.float32)
-        whole = tokens // BLOCK * BLOCK
-        state, rows = _scan(state, rows, strides, sizes, D, whole, P, N, BLOCK, True, MASKED, PRODUCT, PRECISION)
-        left = tokens - whole
-        state, rows = _scan(state, rows, strides, sizes, D, left, P, N, BLOCK, False, MASKED, PRODUCT, PRECISION)
-        if last:
-            store_state(cached_at, state, where, P, N)
+    slots = slot + 1
+    while slot < slots:
+        sequence, first, begin, tokens, last, slots = chunk_of(cu_seqlens_ptr, sequences, slot, chunk, BLOCK)
+        if tokens > 0:
+            where = (head, p, channels, d_state)
+            cached_at = states_ptr + tl.load(slots_ptr + sequence).to(tl.int64) * state_stride
+            if last & (slot == first):
+                state = load_state(cached_at, where, P, N)
+            else:
+                state = _state_before(starts_ptr, decays_ptr, first, slot, heads, where, P, N)
+            shared, row = head // group_heads * d_state, head.to(tl.int64) * total_tokens + begin
+            strides = (x_stride, B_stride, C_stride, heads * channels)
+            x_at, out_at = (
+                x_ptr + begin * x_stride + head * channels + p,
+                out_ptr + (begin * heads + head) * channels + p,
+            )
+            B_at, C_at = B_ptr + begin * B_stride + shared, C_ptr + begin * C_stride + shared
+            rows = (x_at, B_at, C_at, out_at, step_ptr + row, total_ptr + row)
+            sizes, D = (channels - p, d_state), tl.load(D_ptr + head).to(tl.float32)
+            whole = tokens // BLOCK * BLOCK
+            state, rows = _scan(state, rows, strides, sizes, D, whole, P, N, BLOCK, True, MASKED, PRODUCT, PRECISION)
+            left = tokens - whole
+            state, rows = _scan(state, rows, strides, sizes, D, left, P, N, BLOCK, False, MASKED, PRODUCT, PRECISION)
+            if last:
+                store_state(cached_at, state, where, P, N)
+        slot += tl.num_programs(1)
 
 
 @triton.jit
