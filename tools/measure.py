@@ -4,6 +4,7 @@ import gc
 import importlib.util
 import os
 import subprocess
+import traceback
 from collections.abc import Callable
 from datetime import date, timedelta
 from importlib.metadata import PackageNotFoundError, version
@@ -261,7 +262,8 @@ def tried[T](step: Callable[[], T], device: torch.device) -> tuple[T | None, str
     try:
         result = step()
     except Exception as error:  # whatever a way may raise: the others are measured all the same
-        note = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        note = " ".join(f"{type(error).__name__}: {error}".split())[:200] + f" ({Path(frame.filename).name}:{frame.lineno})"
     if largest(float(bool(note)), device):
         return None, note or "failed on another rank"
     return result, ""
