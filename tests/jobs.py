@@ -1,13 +1,16 @@
 """What ranks are asked to do: functions that run on every rank of a `Ranks` pool and return plain data."""
 
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from functools import lru_cache
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
 from megatron_ssm_tp import LLM, CacheLimits, SamplingParams
 from megatron_ssm_tp.checkpoint.loader import load_parameters, open_model
@@ -40,6 +43,28 @@ def build(path: Path, dtype: torch.dtype = torch.float32, *, load: bool = True, 
 
 def logits(path: Path, token_ids: list[int], dtype: str = "float32") -> np.ndarray:
     return llm(path, dtype).logits(token_ids).numpy()
+
+
+def linears_given_gaps(path: Path, token_ids: list[int]) -> set[str]:
+    """Linears that a prompt reaches as rows with gaps between them: torch multiplies those one by one."""
+    found = set()
+
+    def noting(name: str, product: Callable) -> Callable:
+        def multiply(*args, **kwargs):
+            x = kwargs["input"]
+            if x.dim() > 2 and not x.is_contiguous():
+                found.add(name)
+            return product(*args, **kwargs)
+
+        return multiply
+
+    with ExitStack() as stack:
+        for name, module in llm(path).model.named_modules():
+            if isinstance(module, ColumnParallelLinear | RowParallelLinear):
+                product = noting(name, module._forward_impl)
+                stack.enter_context(mock.patch.object(module, "_forward_impl", product))
+        llm(path).logits(token_ids)
+    return found
 
 
 def greedy(path: Path, prompts: list, count: int, **limits: int) -> list[list[int]]:

@@ -38,6 +38,14 @@ def hf_gradients(hf: torch.nn.Module, dtype: torch.dtype, ids: torch.Tensor, lab
     return {name: p.grad for name, p in hf.named_parameters() if p.grad is not None}
 
 
+@pytest.mark.parametrize("tp", [1, 2], ids=lambda tp: f"TP{tp}")
+@pytest.mark.parametrize("family", ["mamba", "falcon_mamba", "mamba2", *ONE_OF_EACH])
+def test_no_linear_is_given_rows_with_gaps(world, tiny, family, tp):
+    name, options = VARIANTS.get(family, (family, {}))
+    for found in world(tp).run(jobs.linears_given_gaps, tiny(name, **options).path, ids_of(9)):
+        assert found == set()
+
+
 @pytest.mark.parametrize("tp", [1, 2, 4, 8], ids=lambda tp: f"TP{tp}")
 @EVERY
 def test_logits(world, model, tp):

@@ -263,7 +263,10 @@ def tried[T](step: Callable[[], T], device: torch.device) -> tuple[T | None, str
         result = step()
     except Exception as error:  # whatever a way may raise: the others are measured all the same
         frame = traceback.extract_tb(error.__traceback__)[-1]
-        note = " ".join(f"{type(error).__name__}: {error}".split())[:200] + f" ({Path(frame.filename).name}:{frame.lineno})"
+        note = (
+            " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            + f" ({Path(frame.filename).name}:{frame.lineno})"
+        )
     if largest(float(bool(note)), device):
         return None, note or "failed on another rank"
     return result, ""

@@ -100,13 +100,14 @@ def selective_scan_varlen(
     how = how or launch_for(shape.tokens, shape.sequences, shape.warps, multiprocessors(x.device))
     lanes, chunk = shape.lanes(how.warps), how.chunk
     cut = 2 * shape.tokens >= 3 * chunk  # the shortest that chunk_of cuts is 1.5 chunks
-    grid = shape.grid(lanes, max(shape.sequences, -(-shape.tokens // chunk)))
+    grid = shape.grid(lanes, max(shape.sequences, (shape.tokens + chunk // 2) // chunk))  # as many as of equal ones
     chunks = shape.tokens // chunk + shape.sequences if cut else 0  # at most
     starts, steps = A.new_empty(chunks, shape.d_state, shape.channels), A.new_empty(chunks, shape.channels)
     given = (x, dt, z, out, A, packed_bc(B, C, shape), D, dt_bias, cached, slots, cu_seqlens, starts, steps)
     numbers = (shape.sequences, *shape.geometry(lanes), chunk, x.stride(0), dt.stride(0), z.stride(0), cached.stride(0))
     options = {"N": shape.padded, "LANES": lanes, "STAGES": how.stages, "MASKED": shape.masked(lanes)}
     options |= {"num_warps": how.warps, "maxnreg": how.max_registers}
+    options["ONE_EACH"] = not cut or shape.sequences == 1
     if cut:
         scan_chunks[grid](*given, *numbers, POLYNOMIAL=how.states_polynomial, STATES_ONLY=True, **options)
     scan_chunks[grid](*given, *numbers, POLYNOMIAL=how.polynomial, STATES_ONLY=False, **options)

@@ -57,52 +57,85 @@ def scan_chunks(
     POLYNOMIAL: tl.constexpr,
     MASKED: tl.constexpr,
     STATES_ONLY: tl.constexpr,
+    ONE_EACH: tl.constexpr,
 ):
     """y of every chunk, from the state that the ones before it leave; a sequence's last one's state goes to the cache.
 
     STATES_ONLY: what every chunk but a sequence's last leaves of its own tokens; the first also saves what it starts
-    from. A program takes chunks in turn. Were there one for each that there might be, those that find none would leave
-    some multiprocessors with much more work than others: 1.25 ms for 0.85 ms, eight prompts of 2048 tokens x 8192.
+    from. A program takes ONE_EACH, where the host knows how many there are, or chunks in turn. Were there a program for
+    each that there might be, those that find none would leave some multiprocessors with much more work than others:
+    1.25 ms for 0.85 ms, eight prompts of 2048 tokens x 8192. The loop costs registers, and with them time.
     """
+    tensors = (x_ptr, dt_ptr, z_ptr, out_ptr, A_ptr, BC_ptr, D_ptr, dt_bias_ptr, states_ptr, slots_ptr, cu_seqlens_ptr)
+    tensors = tensors + (starts_ptr, steps_ptr)
+    sizes = (sequences, channels, heads, head_channels, head_blocks, d_state, chunk)
+    strides = (x_stride, dt_stride, z_stride, state_stride)
+    slot = tl.program_id(1)
+    if ONE_EACH:
+        _scan_chunk(slot, tensors, sizes, strides, N, LANES, STAGES, POLYNOMIAL, MASKED, STATES_ONLY)
+    else:
+        slots = slot + 1
+        while slot < slots:
+            slots = _scan_chunk(slot, tensors, sizes, strides, N, LANES, STAGES, POLYNOMIAL, MASKED, STATES_ONLY)
+            slot += tl.num_programs(1)
+
+
+@triton.jit
+def _scan_chunk(
+    slot,
+    tensors,
+    sizes,
+    strides,
+    N: tl.constexpr,
+    LANES: tl.constexpr,
+    STAGES: tl.constexpr,
+    POLYNOMIAL: tl.constexpr,
+    MASKED: tl.constexpr,
+    STATES_ONLY: tl.constexpr,
+):
+    """The slot's chunk, if there is one; how many slots have chunks: the first ones."""
+    x_ptr, dt_ptr, z_ptr, out_ptr, A_ptr, BC_ptr, D_ptr, dt_bias_ptr, states_ptr, slots_ptr, cu_seqlens_ptr = tensors[
+        :11
+    ]
+    starts_ptr, steps_ptr = tensors[11:]
+    sequences, channels, heads, head_channels, head_blocks, d_state, chunk = sizes
+    x_stride, dt_stride, z_stride, state_stride = strides
     head, pair, mask = channels_of(tl.program_id(0), head_channels, head_blocks, LANES)
     lanes = (pair, mask, d_state)
-    slot = tl.program_id(1)
-    slots = slot + 1
-    while slot < slots:
-        sequence, first, begin, tokens, last, slots = chunk_of(cu_seqlens_ptr, sequences, slot, chunk, FOUR)
-        if STATES_ONLY:
-            tokens = tl.where(last, 0, tokens)
-        if tokens > 0:
-            cached_at = states_ptr + tl.load(slots_ptr + sequence).to(tl.int64) * state_stride
-            start_at = starts_ptr + slot.to(tl.int64) * (d_state * channels)
-            A, h = (), ()
-            for parity in tl.static_range(2):
-                plane = load_state(A_ptr, lanes, parity, d_state, 1, N, LANES) * LOG2E
-                if STATES_ONLY:
-                    state = tl.zeros((N, LANES), tl.float32)
-                    if slot == first:
-                        cached = load_state(cached_at, lanes, parity, d_state, 1, N, LANES)
-                        store_state(start_at, cached, lanes, parity, 1, channels, N, LANES)
-                elif last & (slot == first):
-                    state = load_state(cached_at, lanes, parity, d_state, 1, N, LANES)
-                else:
-                    state = _state_before(starts_ptr, steps_ptr, plane, first, slot, lanes, parity, channels, N, LANES)
-                A, h = A + (plane,), h + (state,)
-            rows = (x_ptr + begin * x_stride, dt_ptr + begin * dt_stride, z_ptr + begin * z_stride)
-            rows = rows + (out_ptr + begin * channels, x_stride, dt_stride, z_stride, channels)
-            BC_at = BC_ptr + (begin * heads + head) * (2 * N)
-            planes = (A, pair_of(D_ptr, pair, mask), pair_of(dt_bias_ptr, pair, mask))
-            h, steps = scan_tokens(
-                h, rows, BC_at, heads * 2 * N, planes, lanes, tokens, N, LANES, STAGES, POLYNOMIAL, MASKED, STATES_ONLY
-            )
-            for parity in tl.static_range(2):
-                if STATES_ONLY:
-                    store_state(start_at + d_state * channels, h[parity], lanes, parity, 1, channels, N, LANES)
-                    at = steps_ptr + (slot + 1).to(tl.int64) * channels + pair + parity
-                    tl.store(at, steps[parity], mask=mask[parity])
-                elif last:
-                    store_state(cached_at, h[parity], lanes, parity, d_state, 1, N, LANES)
-        slot += tl.num_programs(1)
+    sequence, first, begin, tokens, last, slots = chunk_of(cu_seqlens_ptr, sequences, slot, chunk, FOUR)
+    if STATES_ONLY:
+        tokens = tl.where(last, 0, tokens)
+    if tokens > 0:
+        cached_at = states_ptr + tl.load(slots_ptr + sequence).to(tl.int64) * state_stride
+        start_at = starts_ptr + slot.to(tl.int64) * (d_state * channels)
+        A, h = (), ()
+        for parity in tl.static_range(2):
+            plane = load_state(A_ptr, lanes, parity, d_state, 1, N, LANES) * LOG2E
+            if STATES_ONLY:
+                state = tl.zeros((N, LANES), tl.float32)
+                if slot == first:
+                    cached = load_state(cached_at, lanes, parity, d_state, 1, N, LANES)
+                    store_state(start_at, cached, lanes, parity, 1, channels, N, LANES)
+            elif last & (slot == first):
+                state = load_state(cached_at, lanes, parity, d_state, 1, N, LANES)
+            else:
+                state = _state_before(starts_ptr, steps_ptr, plane, first, slot, lanes, parity, channels, N, LANES)
+            A, h = A + (plane,), h + (state,)
+        rows = (x_ptr + begin * x_stride, dt_ptr + begin * dt_stride, z_ptr + begin * z_stride)
+        rows = rows + (out_ptr + begin * channels, x_stride, dt_stride, z_stride, channels)
+        BC_at = BC_ptr + (begin * heads + head) * (2 * N)
+        planes = (A, pair_of(D_ptr, pair, mask), pair_of(dt_bias_ptr, pair, mask))
+        h, steps = scan_tokens(
+            h, rows, BC_at, heads * 2 * N, planes, lanes, tokens, N, LANES, STAGES, POLYNOMIAL, MASKED, STATES_ONLY
+        )
+        for parity in tl.static_range(2):
+            if STATES_ONLY:
+                store_state(start_at + d_state * channels, h[parity], lanes, parity, 1, channels, N, LANES)
+                at = steps_ptr + (slot + 1).to(tl.int64) * channels + pair + parity
+                tl.store(at, steps[parity], mask=mask[parity])
+            elif last:
+                store_state(cached_at, h[parity], lanes, parity, d_state, 1, N, LANES)
+    return slots
 
 
 @triton.jit
