@@ -174,7 +174,7 @@ def compile_for_hopper(kernel: str, dtype: str, channels: int, d_state: int):
     how = asdict(ssd.launch_for(torch_dtype, d_state))
     product, precision = ssd._PRODUCTS[torch_dtype]
     constants = {"P": channels, "N": d_state, "BLOCK": how["block"], "HEADS": 16, "MASKED": False, "channel_blocks": 1}
-    constants |= {"PRODUCT": product, "PRECISION": precision}
+    constants |= {"PRODUCT": product, "PRECISION": precision, "ONE_EACH": True}
     of_states = {"chunk_states": "states_", "scan_chunks": ""}.get(kernel)
     options = {"num_warps": 4}
     if of_states is not None:

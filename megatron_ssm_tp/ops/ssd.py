@@ -117,7 +117,10 @@ def ssd_varlen(
     )
     chunk = how.chunk or shape.chunk(how, x.device)
     # Programs take chunks in turn: see selective_scan_triton.scan_chunks.
-    grid = (shape.heads * shape.channel_blocks(how.channels), max(shape.sequences, -(-shape.tokens // chunk)))
+    grid = (
+        shape.heads * shape.channel_blocks(how.channels),
+        max(shape.sequences, (shape.tokens + chunk // 2) // chunk),
+    )
     cut = 2 * shape.tokens >= 3 * chunk  # the shortest that chunk_of cuts is 1.5 chunks
     chunks = shape.tokens // chunk + shape.sequences if cut else 0  # at most
     starts = A.new_empty(chunks, shape.heads, shape.channels, shape.d_state)
@@ -126,6 +129,7 @@ def ssd_varlen(
     where += (shape.sequences, chunk, *shape.geometry(how.channels))
     options = shape.tiles(how.channels) | {"BLOCK": how.block, "MASKED": shape.masked(how.channels)}
     options["PRODUCT"], options["PRECISION"] = _PRODUCTS[x.dtype]
+    options["ONE_EACH"] = not cut or shape.sequences == 1
     if cut:
         strides = (x.stride(0), B.stride(0), cached.stride(0))
         launch = {"num_warps": how.states_warps, "num_stages": how.states_stages}

@@ -87,42 +87,70 @@ def chunk_states(
     MASKED: tl.constexpr,
     PRODUCT: tl.constexpr,
     PRECISION: tl.constexpr,
+    ONE_EACH: tl.constexpr,
 ):
     """What every chunk but a sequence's last leaves of its own tokens; the first also saves the initial state.
 
     In `starts` [slots, H, P, N] the first slot of a sequence of several chunks holds its initial state, the next ones
     what each earlier chunk leaves; in `decays` [slots, H] stands log2 of that chunk's decay.
     """
-    head, p = tl.program_id(0) // channel_blocks, tl.program_id(0) % channel_blocks * P
+    tensors = (x_ptr, B_ptr, step_ptr, total_ptr, states_ptr, slots_ptr, cu_seqlens_ptr, starts_ptr, decays_ptr)
+    sizes = (sequences, chunk, total_tokens, heads, group_heads, channels, channel_blocks, d_state)
+    strides = (x_stride, B_stride, state_stride)
     slot = tl.program_id(1)
-    slots = slot + 1
-    while slot < slots:
-        sequence, first, begin, tokens, last, slots = chunk_of(cu_seqlens_ptr, sequences, slot, chunk, BLOCK)
-        if (tokens > 0) & (last == 0):
-            where, size = (head, p, channels, d_state), heads * channels * d_state
-            start_at = starts_ptr + slot.to(tl.int64) * size
-            if slot == first:
-                cached_at = states_ptr + tl.load(slots_ptr + sequence).to(tl.int64) * state_stride
-                store_state(start_at, load_state(cached_at, where, P, N), where, P, N)
-            x_at = x_ptr + begin * x_stride + head * channels + p
-            B_at = B_ptr + begin * B_stride + head // group_heads * d_state
-            row = head.to(tl.int64) * total_tokens + begin
-            step_at, total_at = step_ptr + row, total_ptr + row
-            state, decay = tl.zeros((P, N), tl.float32), 0.0
-            for _ in range(0, tokens, BLOCK):  # whole blocks: only a sequence's last chunk may end within one
-                x = load_tile(x_at, x_stride, tokens, channels - p, BLOCK, P, True, MASKED)
-                B = load_tile(B_at, B_stride, tokens, d_state, BLOCK, N, True, MASKED)
-                step, total, end = load_decays(step_at, total_at, tokens, BLOCK, True)
-                state = _next_state(state, x, B, step, total, end, PRODUCT, PRECISION)
-                decay += end
-                x_at += BLOCK * x_stride.to(tl.int64)
-                B_at += BLOCK * B_stride.to(tl.int64)
-                step_at += BLOCK
-                total_at += BLOCK
-            store_state(start_at + size, state, where, P, N)
-            # All channels of the head write the same.
-            tl.store(decays_ptr + (slot + 1).to(tl.int64) * heads + head, decay)
-        slot += tl.num_programs(1)
+    if ONE_EACH:
+        _chunk_state(slot, tensors, sizes, strides, P, N, BLOCK, MASKED, PRODUCT, PRECISION)
+    else:
+        slots = slot + 1
+        while slot < slots:
+            slots = _chunk_state(slot, tensors, sizes, strides, P, N, BLOCK, MASKED, PRODUCT, PRECISION)
+            slot += tl.num_programs(1)
+
+
+@triton.jit
+def _chunk_state(
+    slot,
+    tensors,
+    sizes,
+    strides,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK: tl.constexpr,
+    MASKED: tl.constexpr,
+    PRODUCT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The slot's chunk, if there is one; how many slots have chunks: the first ones."""
+    x_ptr, B_ptr, step_ptr, total_ptr, states_ptr, slots_ptr, cu_seqlens_ptr, starts_ptr, decays_ptr = tensors
+    sequences, chunk, total_tokens, heads, group_heads, channels, channel_blocks, d_state = sizes
+    x_stride, B_stride, state_stride = strides
+    head, p = tl.program_id(0) // channel_blocks, tl.program_id(0) % channel_blocks * P
+    sequence, first, begin, tokens, last, slots = chunk_of(cu_seqlens_ptr, sequences, slot, chunk, BLOCK)
+    if (tokens > 0) & (last == 0):
+        where, size = (head, p, channels, d_state), heads * channels * d_state
+        start_at = starts_ptr + slot.to(tl.int64) * size
+        if slot == first:
+            cached_at = states_ptr + tl.load(slots_ptr + sequence).to(tl.int64) * state_stride
+            store_state(start_at, load_state(cached_at, where, P, N), where, P, N)
+        x_at = x_ptr + begin * x_stride + head * channels + p
+        B_at = B_ptr + begin * B_stride + head // group_heads * d_state
+        row = head.to(tl.int64) * total_tokens + begin
+        step_at, total_at = step_ptr + row, total_ptr + row
+        state, decay = tl.zeros((P, N), tl.float32), 0.0
+        for _ in range(0, tokens, BLOCK):  # whole blocks: only a sequence's last chunk may end within one
+            x = load_tile(x_at, x_stride, tokens, channels - p, BLOCK, P, True, MASKED)
+            B = load_tile(B_at, B_stride, tokens, d_state, BLOCK, N, True, MASKED)
+            step, total, end = load_decays(step_at, total_at, tokens, BLOCK, True)
+            state = _next_state(state, x, B, step, total, end, PRODUCT, PRECISION)
+            decay += end
+            x_at += BLOCK * x_stride.to(tl.int64)
+            B_at += BLOCK * B_stride.to(tl.int64)
+            step_at += BLOCK
+            total_at += BLOCK
+        store_state(start_at + size, state, where, P, N)
+        # All channels of the head write the same.
+        tl.store(decays_ptr + (slot + 1).to(tl.int64) * heads + head, decay)
+    return slots
 
 
 @triton.jit
@@ -157,36 +185,90 @@ def scan_chunks(
     MASKED: tl.constexpr,
     PRODUCT: tl.constexpr,
     PRECISION: tl.constexpr,
+    ONE_EACH: tl.constexpr,
 ):
     """y of every chunk, from the state that the chunks before it leave; the last one's state goes to the cache."""
-    head, p = tl.program_id(0) // channel_blocks, tl.program_id(0) % channel_blocks * P
+    tensors = (
+        x_ptr,
+        B_ptr,
+        C_ptr,
+        D_ptr,
+        out_ptr,
+        step_ptr,
+        total_ptr,
+        states_ptr,
+        slots_ptr,
+        cu_seqlens_ptr,
+        starts_ptr,
+        decays_ptr,
+    )
+    sizes = (sequences, chunk, total_tokens, heads, group_heads, channels, channel_blocks, d_state)
+    strides = (x_stride, B_stride, C_stride, state_stride)
     slot = tl.program_id(1)
-    slots = slot + 1
-    while slot < slots:
-        sequence, first, begin, tokens, last, slots = chunk_of(cu_seqlens_ptr, sequences, slot, chunk, BLOCK)
-        if tokens > 0:
-            where = (head, p, channels, d_state)
-            cached_at = states_ptr + tl.load(slots_ptr + sequence).to(tl.int64) * state_stride
-            if last & (slot == first):
-                state = load_state(cached_at, where, P, N)
-            else:
-                state = _state_before(starts_ptr, decays_ptr, first, slot, heads, where, P, N)
-            shared, row = head // group_heads * d_state, head.to(tl.int64) * total_tokens + begin
-            strides = (x_stride, B_stride, C_stride, heads * channels)
-            x_at, out_at = (
-                x_ptr + begin * x_stride + head * channels + p,
-                out_ptr + (begin * heads + head) * channels + p,
-            )
-            B_at, C_at = B_ptr + begin * B_stride + shared, C_ptr + begin * C_stride + shared
-            rows = (x_at, B_at, C_at, out_at, step_ptr + row, total_ptr + row)
-            sizes, D = (channels - p, d_state), tl.load(D_ptr + head).to(tl.float32)
-            whole = tokens // BLOCK * BLOCK
-            state, rows = _scan(state, rows, strides, sizes, D, whole, P, N, BLOCK, True, MASKED, PRODUCT, PRECISION)
-            left = tokens - whole
-            state, rows = _scan(state, rows, strides, sizes, D, left, P, N, BLOCK, False, MASKED, PRODUCT, PRECISION)
-            if last:
-                store_state(cached_at, state, where, P, N)
-        slot += tl.num_programs(1)
+    if ONE_EACH:
+        _scan_chunk(slot, tensors, sizes, strides, P, N, BLOCK, MASKED, PRODUCT, PRECISION)
+    else:
+        slots = slot + 1
+        while slot < slots:
+            slots = _scan_chunk(slot, tensors, sizes, strides, P, N, BLOCK, MASKED, PRODUCT, PRECISION)
+            slot += tl.num_programs(1)
+
+
+@triton.jit
+def _scan_chunk(
+    slot,
+    tensors,
+    numbers,
+    row_strides,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    BLOCK: tl.constexpr,
+    MASKED: tl.constexpr,
+    PRODUCT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The slot's chunk, if there is one; how many slots have chunks: the first ones."""
+    (
+        x_ptr,
+        B_ptr,
+        C_ptr,
+        D_ptr,
+        out_ptr,
+        step_ptr,
+        total_ptr,
+        states_ptr,
+        slots_ptr,
+        cu_seqlens_ptr,
+        starts_ptr,
+        decays_ptr,
+    ) = tensors
+    sequences, chunk, total_tokens, heads, group_heads, channels, channel_blocks, d_state = numbers
+    x_stride, B_stride, C_stride, state_stride = row_strides
+    head, p = tl.program_id(0) // channel_blocks, tl.program_id(0) % channel_blocks * P
+    sequence, first, begin, tokens, last, slots = chunk_of(cu_seqlens_ptr, sequences, slot, chunk, BLOCK)
+    if tokens > 0:
+        where = (head, p, channels, d_state)
+        cached_at = states_ptr + tl.load(slots_ptr + sequence).to(tl.int64) * state_stride
+        if last & (slot == first):
+            state = load_state(cached_at, where, P, N)
+        else:
+            state = _state_before(starts_ptr, decays_ptr, first, slot, heads, where, P, N)
+        shared, row = head // group_heads * d_state, head.to(tl.int64) * total_tokens + begin
+        strides = (x_stride, B_stride, C_stride, heads * channels)
+        x_at, out_at = (
+            x_ptr + begin * x_stride + head * channels + p,
+            out_ptr + (begin * heads + head) * channels + p,
+        )
+        B_at, C_at = B_ptr + begin * B_stride + shared, C_ptr + begin * C_stride + shared
+        rows = (x_at, B_at, C_at, out_at, step_ptr + row, total_ptr + row)
+        sizes, D = (channels - p, d_state), tl.load(D_ptr + head).to(tl.float32)
+        whole = tokens // BLOCK * BLOCK
+        state, rows = _scan(state, rows, strides, sizes, D, whole, P, N, BLOCK, True, MASKED, PRODUCT, PRECISION)
+        left = tokens - whole
+        state, rows = _scan(state, rows, strides, sizes, D, left, P, N, BLOCK, False, MASKED, PRODUCT, PRECISION)
+        if last:
+            store_state(cached_at, state, where, P, N)
+    return slots
 
 
 @triton.jit
