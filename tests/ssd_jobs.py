@@ -162,14 +162,14 @@ def in_products_of(dtype, x, dt, A, B, C, D, dt_bias, state, block):
 
 
 def compile_for_hopper(kernel: str, dtype: str, channels: int, d_state: int):
-    """A kernel of ssd_triton.py or ssd_step_triton.py, compiled for sm_90 as it is launched by default."""
+    """A kernel of ssd_*triton.py, compiled for sm_90 as it is launched by default."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from megatron_ssm_tp.ops import ssd, ssd_step_triton, ssd_triton
+    from megatron_ssm_tp.ops import ssd
 
-    function = getattr(ssd_step_triton if kernel == "ssd_state_step" else ssd_triton, kernel)
+    function = getattr(ssd, kernel)
     torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
     how = asdict(ssd.launch_for(torch_dtype, d_state))
     product, precision = ssd._PRODUCTS[torch_dtype]

@@ -30,8 +30,9 @@ import triton
 import triton.language as tl
 
 from .selective_scan import dense_states, even_chunk, last_axis_dense, multiprocessors
+from .ssd_states_triton import block_decays, chunk_states
 from .ssd_step_triton import ssd_state_step
-from .ssd_triton import block_decays, chunk_states, scan_chunks
+from .ssd_triton import scan_chunks
 
 SHORTEST_CHUNK = 256
 _HEADS_OF_DECAYS = 16  # heads of a program of block_decays
