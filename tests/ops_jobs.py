@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from unittest import mock
 
 import torch
 from interpreter import patch_interpreter, programs_backwards
@@ -120,6 +121,17 @@ def compare_scan(case: Case) -> str:
         lambda states: kernels.selective_scan_varlen(*arguments, states, *where, how),
         lambda states: reference.selective_scan_varlen(*arguments, states, *where),
     )
+
+
+def compare_scan_by_eights(case: Case) -> str:
+    """compare_scan, with kernels that look at eight sequences at once."""
+    kernels_here()
+    from triton.language import constexpr
+
+    from megatron_ssm_tp.ops import lanes_triton
+
+    with mock.patch.object(lanes_triton, "_SEARCH", constexpr(8)):
+        return compare_scan(case)
 
 
 def compare_step(case: Case) -> str:
