@@ -175,13 +175,19 @@ def scan_tokens(
     n = tl.arange(0, N)
     steps = (tl.zeros((LANES,), tl.float32), tl.zeros((LANES,), tl.float32))
     for token in tl.range(0, tokens, FOUR, num_stages=STAGES):
-        xs = _four_rows(x_at, x_stride, token, tokens, lanes, MASKED)
-        dts = _four_rows(dt_at, dt_stride, token, tokens, lanes, MASKED)
-        shared = _four_shared(BC_at, BC_stride, token, tokens, N, STATES_ONLY)
+        left = tokens - token
+        xs = _four_rows(x_at, x_stride, left, lanes, MASKED)
+        dts = _four_rows(dt_at, dt_stride, left, lanes, MASKED)
+        shared = _four_shared(BC_at, BC_stride, left, N, STATES_ONLY)
+        # Addresses move on: a token's number times a stride may be more than int32 holds.
+        x_at += FOUR * x_stride
+        dt_at += FOUR * dt_stride
+        BC_at += FOUR * BC_stride
         if not STATES_ONLY:
-            zs = _four_rows(z_at, z_stride, token, tokens, lanes, MASKED)
+            zs = _four_rows(z_at, z_stride, left, lanes, MASKED)
+            z_at += FOUR * z_stride
         for i in tl.static_range(FOUR):
-            x, dt, there = _pair(xs[i]), _pair(dts[i]), token + i < tokens
+            x, dt, there = _pair(xs[i]), _pair(dts[i]), i < left
             B = shared[i]
             if not STATES_ONLY:
                 z = _pair(zs[i])
@@ -201,17 +207,18 @@ def scan_tokens(
             if STATES_ONLY:
                 steps = new_steps
             else:
-                _store_row(out_at + (token + i) * out_stride, y, there, lanes, MASKED)
+                _store_row(out_at, y, there, lanes, MASKED)
+                out_at += out_stride
     return h, steps
 
 
 @triton.jit
-def _four_rows(at, stride, token, tokens, lanes, MASKED: tl.constexpr):
-    """Rows [LANES, 2] of four tokens, as they come; zeros behind the last."""
+def _four_rows(at, stride, left, lanes, MASKED: tl.constexpr):
+    """Rows [LANES, 2] of four tokens, as they come; zeros where fewer are left."""
     pair, mask, d_state = lanes
     p = tl.arange(0, 2)
-    place = token + 2 * p[None, None, :, None] + p[None, None, None, :]
-    there = place < tokens
+    place = 2 * p[None, None, :, None] + p[None, None, None, :]
+    there = place < left
     if MASKED:
         there = there & tl.join(mask[0], mask[1])[:, :, None, None]
     address = at + (pair[:, None, None, None] + p[None, :, None, None]) + place * stride
@@ -219,16 +226,16 @@ def _four_rows(at, stride, token, tokens, lanes, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _four_shared(at, stride, token, tokens, N: tl.constexpr, B_ONLY: tl.constexpr):
+def _four_shared(at, stride, left, N: tl.constexpr, B_ONLY: tl.constexpr):
     """B and C [N, 2] of four tokens, or B [N]."""
     n, p = tl.arange(0, N), tl.arange(0, 2)
     if B_ONLY:
-        place = token + 2 * p[None, :, None] + p[None, None, :]
+        place = 2 * p[None, :, None] + p[None, None, :]
         address = at + n[:, None, None] + place * stride
     else:
-        place = token + 2 * p[None, None, :, None] + p[None, None, None, :]
+        place = 2 * p[None, None, :, None] + p[None, None, None, :]
         address = at + (n[:, None, None, None] + N * p[None, :, None, None]) + place * stride
-    return _split_four(tl.load(address, mask=place < tokens, other=0.0))
+    return _split_four(tl.load(address, mask=place < left, other=0.0))
 
 
 @triton.jit
