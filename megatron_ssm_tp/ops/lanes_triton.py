@@ -100,5 +100,6 @@ def _in_state(at, lanes, parity, channel_stride, row_stride, N: tl.constexpr, LA
     address = at + (pair + parity)[None, :] * channel_stride + n[:, None] * row_stride
     # Said to follow each other from lane to lane, one value each (which is harmless): a load then keeps a column in one
     # thread, instead of spreading it for the sake of wider loads.
-    address = tl.max_contiguous(tl.multiple_of(address, [4, 4]), [1, LANES])
+    size: tl.constexpr = at.dtype.element_ty.primitive_bitwidth // 8
+    address = tl.max_contiguous(tl.multiple_of(address, [size, size]), [1, LANES])
     return address, (n < d_state)[:, None] & mask[parity][None, :]

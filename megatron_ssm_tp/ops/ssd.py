@@ -215,6 +215,8 @@ class _Shape:
     def chunk(self, how: SSDLaunch, device: torch.device) -> int:
         """Tokens in a chunk, about, so that the GPU is full."""
         programs = self.heads * self.channel_blocks(how.channels)
+        if self.sequences * programs >= how.programs_per_sm * multiprocessors(device):
+            return self.tokens
         wanted = max(1, how.programs_per_sm * multiprocessors(device) // programs)
         return even_chunk(self.tokens, self.sequences, max(SHORTEST_CHUNK, self.tokens // wanted))
 

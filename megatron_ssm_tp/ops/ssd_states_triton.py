@@ -42,9 +42,10 @@ def block_decays(
         mask = (t < length - done)[:, None] & real[None, :]
         dt = tl.load(dt_ptr + at[:, None] * dt_stride + head[None, :], mask=mask, other=0.0).to(tl.float32)
         dt += tl.load(dt_bias_ptr + head, mask=real, other=0.0).to(tl.float32)[None, :]
-        dt = tl.minimum(tl.maximum(softplus(dt), dt_min), dt_max)
+        dt = tl.maximum(softplus(dt), dt_min, propagate_nan=tl.PropagateNan.ALL)
+        dt = tl.minimum(dt, dt_max, propagate_nan=tl.PropagateNan.ALL)
         decay = dt * (tl.load(A_ptr + head, mask=real, other=0.0) * LOG2E)[None, :]
-        total = tl.cumsum(tl.maximum(decay, _FORGOTTEN), axis=0)
+        total = tl.cumsum(tl.maximum(decay, _FORGOTTEN, propagate_nan=tl.PropagateNan.ALL), axis=0)
         out = head[None, :].to(tl.int64) * tokens + at[:, None]
         tl.store(step_ptr + out, dt, mask=mask)
         tl.store(total_ptr + out, total, mask=mask)

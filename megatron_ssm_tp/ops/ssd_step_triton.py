@@ -46,7 +46,8 @@ def ssd_state_step(
     C = tl.load(C_ptr + request * C_stride + shared, mask=n < d_state, other=0.0).to(tl.float32)
     x = tl.load(x_ptr + request * x_stride + channel, mask=mask, other=0.0).to(tl.float32)
     dt = tl.load(dt_ptr + request * dt_stride + head).to(tl.float32) + tl.load(dt_bias_ptr + head).to(tl.float32)
-    dt = tl.minimum(tl.maximum(softplus(dt), dt_min), dt_max)
+    dt = tl.maximum(softplus(dt), dt_min, propagate_nan=tl.PropagateNan.ALL)
+    dt = tl.minimum(dt, dt_max, propagate_nan=tl.PropagateNan.ALL)
     decay = tl.exp2(dt * (tl.load(A_ptr + head) * LOG2E))
     state = decay * state + (dt * x)[:, None] * B[None, :]
     y = tl.sum(state * C[None, :], axis=1) + tl.load(D_ptr + head).to(tl.float32) * x
