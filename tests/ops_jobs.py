@@ -211,3 +211,15 @@ def compare_conv_step(case: Case, width: int, bias: bool) -> str:
         lambda states: kernels.causal_conv1d_step(x, *weights, states, given.slots),
         lambda states: reference.causal_conv1d_step(x, *weights, states, given.slots),
     )
+
+
+def touched_by_padding(case: Case, width: int) -> bool:
+    """Whether steps of requests without a slot, which Megatron pads batches with as -1, write any state."""
+    conv, scan = kernels_here()[:2]
+    given, wide = inputs_of(case), inputs_of(case, width)
+    nowhere = torch.full((len(case.lengths),), -1)
+    states, conv_states = given.states[1:].clone(), wide.states[1:].clone()
+    around = torch.cat([states.flatten(), conv_states.flatten()])
+    scan.selective_state_step(*_scan_arguments(given), states[1:], nowhere)
+    conv.causal_conv1d_step(wide.tokens["x"], *wide.weights.values(), conv_states[1:], nowhere)
+    return not torch.equal(around, torch.cat([states.flatten(), conv_states.flatten()]))

@@ -85,6 +85,10 @@ def test_steps(interpreted, requests, shape, d_state, dtype, gap):
     assert interpreted(jobs.compare_step, case) == ""
 
 
+def test_steps_without_a_slot_write_no_state(interpreted):
+    assert interpreted(jobs.touched_by_padding, Case((1, 1), 7), 4) is False
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     lengths=lengths,

@@ -130,17 +130,19 @@ def conv1d_step(
     """One token of one request."""
     d, request = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS), tl.program_id(1).to(tl.int64)
     mask = d < channels
-    state_at = states_ptr + tl.load(slots_ptr + request).to(tl.int64) * state_stride + d * WIDTH
+    slot = tl.load(slots_ptr + request).to(tl.int64)
+    own = mask & (slot >= 0)  # Megatron pads batches with slots of -1
+    state_at = states_ptr + slot * state_stride + d * WIDTH
     x = tl.load(x_ptr + request * x_stride + d, mask=mask, other=0.0)
     total = tl.zeros((CHANNELS,), tl.float32)
     if bias_ptr is not None:
         total += tl.load(bias_ptr + d, mask=mask, other=0.0).to(tl.float32)
     for tap in tl.static_range(WIDTH):
         if tap + 1 < WIDTH:
-            value = tl.load(state_at + (tap + 1), mask=mask, other=0.0)
+            value = tl.load(state_at + (tap + 1), mask=own, other=0.0)
         else:
             value = x.to(state_at.dtype.element_ty)
-        tl.store(state_at + tap, value, mask=mask)
+        tl.store(state_at + tap, value, mask=own)
         value = x if tap + 1 == WIDTH else value
         total += value.to(tl.float32) * tl.load(weight_ptr + d * WIDTH + tap, mask=mask, other=0.0).to(tl.float32)
     tl.store(out_ptr + request * channels + d, silu(total).to(out_ptr.dtype.element_ty), mask=mask)

@@ -37,8 +37,9 @@ def ssd_state_step(
     head, request = tl.program_id(0) // channel_blocks, tl.program_id(1).to(tl.int64)
     p, n = tl.program_id(0) % channel_blocks * P + tl.arange(0, P), tl.arange(0, N)
     mask, channel = p < channels, head * channels + p
-    own = mask[:, None] & (n < d_state)[None, :]
-    state_at = states_ptr + tl.load(slots_ptr + request).to(tl.int64) * state_stride
+    slot = tl.load(slots_ptr + request).to(tl.int64)
+    own = mask[:, None] & (n < d_state)[None, :] & (slot >= 0)  # Megatron pads batches with slots of -1
+    state_at = states_ptr + slot * state_stride
     state_at += channel[:, None] * d_state + n[None, :]
     state = tl.load(state_at, mask=own, other=0.0).to(tl.float32)
     shared = head // group_heads * d_state + n

@@ -40,11 +40,13 @@ def state_step(
     within = tl.program_id(0) % head_blocks * CHANNELS + tl.arange(0, CHANNELS)
     mask = within < head_channels
     d, n = head * head_channels + within, tl.arange(0, N)
-    own = mask[:, None] & (n < d_state)[None, :]
+    here = mask[:, None] & (n < d_state)[None, :]
     element = d[:, None] * d_state + n[None, :]
-    state_at = states_ptr + tl.load(slots_ptr + request).to(tl.int64) * state_stride + element
+    slot = tl.load(slots_ptr + request).to(tl.int64)
+    own = here & (slot >= 0)  # Megatron pads batches with slots of -1
+    state_at = states_ptr + slot * state_stride + element
     state = tl.load(state_at, mask=own, other=0.0).to(tl.float32)
-    A = tl.load(A_ptr + element, mask=own, other=0.0) * LOG2E
+    A = tl.load(A_ptr + element, mask=here, other=0.0) * LOG2E
     B_at, C_at = B_ptr + request * B_stride + head * B_head_stride, C_ptr + request * C_stride + head * C_head_stride
     B = tl.load(B_at + n, mask=n < d_state, other=0.0).to(tl.float32)
     C = tl.load(C_at + n, mask=n < d_state, other=0.0).to(tl.float32)
