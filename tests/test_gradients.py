@@ -95,7 +95,7 @@ def test_groups_are_such_that_programs_end_together(slots, blocks, programs, exp
     [
         ("selective_scan_back_triton", "backward_chunks", {"CHUNK": 16, "SUB": 4, "N": 16, "CHANNELS": 32}),
         ("selective_scan_back_triton", "backward_chunks", {"CHUNK": 8, "SUB": 8, "N": 8, "CHANNELS": 4} | ONES),
-        ("selective_scan_back_triton", "carry_chunks", {"CHUNK": 16, "N": 16, "CHANNELS": 32}),
+        ("selective_scan_carry_triton", "carry_chunks", {"CHUNK": 16, "N": 16, "CHANNELS": 32}),
         ("selective_scan_grad_triton", "join_chunks", {"REVERSE": True, "BLOCK": 32, "first_ptr": None}),
         ("conv1d_grad_triton", "conv1d_back", {"WIDTH": 4, "TOKENS": 4, "CHANNELS": 32, "TILES": 2, "bias_ptr": None}),
     ],

@@ -133,7 +133,7 @@ class Mamba1Mixer(SSMMixer):
         if isinstance(self.dt_proj, _HeadsLinear):
             dt = torch.einsum("...hr,hdr->...hd", dt, self.dt_proj.by_head(0)).flatten(-2)
         else:
-            # torch multiplies [T, 1, R] with gaps between rows as T products of one row, at fifty times the cost.
+            # torch multiplies [T, 1, R] with gaps between rows as T products of one row.
             dt = self.dt_proj(dt.contiguous())[0]
         return convolved, dt, B, C, *around
 

@@ -51,7 +51,7 @@ class Mamba2Mixer(SSMMixer):
         mixer_config: the dimensions, or a function that derives them from `config`.
         pg_collection: its `tp` group is the one the mixer is cut over.
         exact_norm: reduce a spanning norm's sums before out_proj, instead of along with it.
-        ops: who computes convolution and scan in inference with a dynamic context, see ops/choose.py.
+        ops: who computes the convolution, and with a dynamic context the scan, see ops/choose.py.
 
     Raises:
         UserError: heads or groups cannot be shared by the group's ranks.

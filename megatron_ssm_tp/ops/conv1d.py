@@ -8,7 +8,7 @@ import torch
 
 from ..errors import UserError
 from .conv1d_triton import conv1d_chunks, conv1d_step
-from .selective_scan import dense_states, last_axis_dense
+from .launching import dense_states, last_axis_dense
 
 Tile = tuple[int, int, int, int]  # of a program: tokens, channels, warps, and tokens loaded at a time
 WIDE, NARROW = (16, 512, 4, 8), (32, 256, 4, 8)  # for 8192 channels and more, and for fewer: measured on an H100

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from . import reference
 from .conv1d_grad_triton import conv1d_back, conv1d_dense
-from .selective_scan import last_axis_dense
+from .launching import last_axis_dense
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .selective_scan import last_axis_dense
+from .launching import last_axis_dense
 
 Launch = tuple[int, int]  # rows and warps of a program
 

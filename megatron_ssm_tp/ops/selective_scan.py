@@ -20,11 +20,11 @@ and y.
 """
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import triton
 
+from .launching import Chunks, dense_states, even_chunk, last_axis_dense, multiprocessors
 from .selective_scan_triton import scan_chunks
 from .state_step_triton import state_step
 
@@ -98,17 +98,17 @@ def selective_scan_varlen(
     A, D, dt_bias, cached = A.float().contiguous(), D.contiguous(), dt_bias.contiguous(), dense_states(states)
     shape = ScanShape(len(x), cu_seqlens.numel() - 1, x.shape[1], 1 if B.dim() == 2 else B.shape[1], A.shape[1])
     how = how or launch_for(shape.tokens, shape.sequences, shape.warps, multiprocessors(x.device))
-    lanes, chunk = shape.lanes(how.warps), how.chunk
-    cut = 2 * shape.tokens >= 3 * chunk  # the shortest that chunk_of cuts is 1.5 chunks
-    grid = shape.grid(lanes, max(shape.sequences, (shape.tokens + chunk // 2) // chunk))  # as many as of equal ones
-    chunks = shape.tokens // chunk + shape.sequences if cut else 0  # at most
-    starts, steps = A.new_empty(chunks, shape.d_state, shape.channels), A.new_empty(chunks, shape.channels)
+    lanes, chunks = shape.lanes(how.warps), Chunks(shape.tokens, shape.sequences, how.chunk)
+    grid = shape.grid(lanes, chunks.programs)
+    starts = A.new_empty(chunks.slots, shape.d_state, shape.channels)
+    steps = A.new_empty(chunks.slots, shape.channels)
     given = (x, dt, z, out, A, packed_bc(B, C, shape), D, dt_bias, cached, slots, cu_seqlens, starts, steps)
-    numbers = (shape.sequences, *shape.geometry(lanes), chunk, x.stride(0), dt.stride(0), z.stride(0), cached.stride(0))
+    numbers = (shape.sequences, *shape.geometry(lanes), how.chunk)
+    numbers += (x.stride(0), dt.stride(0), z.stride(0), cached.stride(0))
     options = {"N": shape.padded, "LANES": lanes, "STAGES": how.stages, "MASKED": shape.masked(lanes)}
     options |= {"num_warps": how.warps, "maxnreg": how.max_registers}
-    options["ONE_EACH"] = not cut or shape.sequences == 1
-    if cut:
+    options["ONE_EACH"] = chunks.one_each
+    if chunks.cut:
         scan_chunks[grid](*given, *numbers, POLYNOMIAL=how.states_polynomial, STATES_ONLY=True, **options)
     scan_chunks[grid](*given, *numbers, POLYNOMIAL=how.polynomial, STATES_ONLY=False, **options)
     if cached is not states:
@@ -188,29 +188,6 @@ class ScanShape:
     def grid(self, lanes: int, slots: int) -> tuple[int, int]:
         """Programs for a chunk, or for a request, and how many there may be of these."""
         return self.heads * -(-self.head_channels // (2 * lanes)), slots
-
-
-def even_chunk(tokens: int, sequences: int, size: int) -> int:
-    """About `size`, and such that each of equal sequences is cut into equal chunks; it is whole below 1.5 of these."""
-    mean = -(-tokens // sequences)
-    if 2 * mean < 3 * size:
-        return max(size, mean)
-    return -(-mean // round(mean / size))
-
-
-@cache
-def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-def last_axis_dense(x: torch.Tensor) -> torch.Tensor:
-    """x, copied if its last axis has gaps."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def dense_states(states: torch.Tensor) -> torch.Tensor:
-    """states [slots, D, ..], copied if a slot has gaps; slots may be any number of values apart."""
-    return states if states[0].is_contiguous() else states.contiguous()
 
 
 def packed_bc(B: torch.Tensor, C: torch.Tensor, shape: ScanShape) -> torch.Tensor:

@@ -16,63 +16,9 @@ import triton
 import triton.language as tl
 
 from .elementwise_triton import LOG2E, sigmoid, softplus
+from .selective_scan_carry_triton import channels_of_block, load_row, state_tile
 
 LN2 = tl.constexpr(0.6931471805599453)
-
-
-@triton.jit
-def carry_chunks(
-    dt_ptr,
-    z_ptr,
-    dy_ptr,
-    A_ptr,
-    BC_ptr,
-    dt_bias_ptr,
-    carries_ptr,
-    steps_ptr,
-    length,
-    chunks,
-    batch,
-    channels,
-    heads,
-    head_channels,
-    head_blocks,
-    d_state,
-    dt_stride,
-    dt_token,
-    z_stride,
-    z_token,
-    dy_stride,
-    dy_token,
-    CHUNK: tl.constexpr,
-    N: tl.constexpr,
-    CHANNELS: tl.constexpr,
-):
-    """What a chunk's outputs add to the carry before it, to `carries` [slots, D, N]; its sum of dt to `steps`."""
-    slot = tl.program_id(0)
-    head = tl.program_id(1) // head_blocks
-    d, mask = _channels(head, tl.program_id(1) % head_blocks, head_channels, CHANNELS)
-    tile, inside = _tile(d, mask, d_state, N)
-    n = tl.arange(0, N)
-    sequence, begin = (slot // chunks).to(tl.int64), (slot % chunks).to(tl.int64) * CHUNK
-    tokens = tl.minimum(length - begin, CHUNK).to(tl.int32)
-    A = tl.load(A_ptr + tile, mask=inside, other=0.0) * LOG2E
-    bias = tl.load(dt_bias_ptr + d, mask=mask, other=0.0).to(tl.float32)
-    dt_at = dt_ptr + sequence * dt_stride + begin * dt_token + d
-    z_at = z_ptr + sequence * z_stride + begin * z_token + d
-    dy_at = dy_ptr + sequence * dy_stride + begin * dy_token + d
-    C_at = BC_ptr + ((begin * batch + sequence) * heads + head) * (2 * N) + N + n
-    carry, steps = tl.zeros((CHANNELS, N), tl.float32), tl.zeros((CHANNELS,), tl.float32)
-    for back in range(0, tokens):
-        t = tokens - 1 - back
-        step = softplus(_row(dt_at, t * dt_token, mask) + bias)
-        z = _row(z_at, t * z_token, mask)
-        seen = _row(dy_at, t * dy_token, mask) * z * sigmoid(z)
-        C = tl.load(C_at + t * (batch * heads * (2 * N)))
-        carry = tl.exp2(step[:, None] * A) * (carry + seen[:, None] * C[None, :])
-        steps += step
-    tl.store(carries_ptr + slot.to(tl.int64) * (channels * d_state) + tile, carry, mask=inside)
-    tl.store(steps_ptr + slot.to(tl.int64) * channels + d, steps, mask=mask)
 
 
 @triton.jit
@@ -125,6 +71,9 @@ def backward_chunks(
     """
     n = tl.arange(0, N)
     scratch = scratch_ptr + tl.program_id(0).to(tl.int64) * ((CHUNK // SUB + SUB) * CHANNELS * N)
+    weights, ends = (A_ptr, D_ptr, dt_bias_ptr), (starts_ptr, ends_ptr)
+    sums = (dA_ptr, dD_ptr, dbias_ptr)
+    token_strides = (x_token, dt_token, z_token, dy_token, batch * channels, batch * heads * (2 * N))
     for item in range(tl.program_id(0), chunks * batch * heads * groups, tl.num_programs(0)):
         group, head, slot = item % groups, item // groups % heads, item // groups // heads
         sequence, begin = (slot // chunks).to(tl.int64), (slot % chunks).to(tl.int64) * CHUNK
@@ -134,27 +83,55 @@ def backward_chunks(
         dBC_at = dBC_ptr + ((group.to(tl.int64) * length * batch + row) * heads + head) * (2 * N) + n
         x_at, dt_at = x_ptr + sequence * x_stride + begin * x_token, dt_ptr + sequence * dt_stride + begin * dt_token
         z_at, dy_at = z_ptr + sequence * z_stride + begin * z_token, dy_ptr + sequence * dy_stride + begin * dy_token
-        token_strides = (x_token, dt_token, z_token, dy_token, batch * channels, batch * heads * (2 * N))
+        inputs = (x_at, dt_at, z_at, dy_at)
+        outputs = (dx_ptr + row * channels, ddt_ptr + row * channels, dz_ptr + row * channels)
         first = group * group_blocks
         for block in range(first, tl.minimum(first + group_blocks, head_blocks)):
-            d, mask = _channels(head, block, head_channels, CHANNELS)
-            tile, inside = _tile(d, mask, d_state, N)
-            inputs = (x_at + d, dt_at + d, z_at + d, dy_at + d)
-            at = row * channels + d
-            outputs = (dx_ptr + at, ddt_ptr + at, dz_ptr + at)
-            A = tl.load(A_ptr + tile, mask=inside, other=0.0) * LOG2E
-            D = tl.load(D_ptr + d, mask=mask, other=0.0).to(tl.float32)
-            bias = tl.load(dt_bias_ptr + d, mask=mask, other=0.0).to(tl.float32)
-            slot_at = slot.to(tl.int64) * (channels * d_state) + tile
-            start = tl.load(starts_ptr + slot_at, mask=inside, other=0.0)
-            end = tl.load(ends_ptr + slot_at, mask=inside, other=0.0)
-            dA, dD, dbias = _chunk_back(
-                *(start, end, inputs, outputs, BC_at, dBC_at, block == first, token_strides, (A, D, bias), mask),
-                *(scratch, tokens, CHUNK, SUB, N, CHANNELS),
+            d, mask = channels_of_block(head, block, head_channels, CHANNELS)
+            _block_back(
+                *(slot.to(tl.int64) * channels, d, mask, d_state, ends, weights, inputs, outputs, sums),
+                *(BC_at, dBC_at, block == first, token_strides, scratch, tokens, CHUNK, SUB, N, CHANNELS),
             )
-            tl.store(dA_ptr + slot_at, dA, mask=inside)
-            tl.store(dD_ptr + slot.to(tl.int64) * channels + d, dD, mask=mask)
-            tl.store(dbias_ptr + slot.to(tl.int64) * channels + d, dbias, mask=mask)
+
+
+@triton.jit
+def _block_back(
+    at,
+    d,
+    mask,
+    d_state,
+    ends,
+    weights,
+    inputs,
+    outputs,
+    sums,
+    BC_at,
+    dBC_at,
+    first,
+    token_strides,
+    scratch,
+    tokens,
+    CHUNK: tl.constexpr,
+    SUB: tl.constexpr,
+    N: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """A chunk's gradients of the channels d. `at`: where the chunk's slot begins in [slots, D]."""
+    tile, inside = state_tile(d, mask, d_state, N)
+    A = tl.load(weights[0] + tile, mask=inside, other=0.0) * LOG2E
+    D = tl.load(weights[1] + d, mask=mask, other=0.0).to(tl.float32)
+    bias = tl.load(weights[2] + d, mask=mask, other=0.0).to(tl.float32)
+    start = tl.load(ends[0] + at * d_state + tile, mask=inside, other=0.0)
+    end = tl.load(ends[1] + at * d_state + tile, mask=inside, other=0.0)
+    given = (inputs[0] + d, inputs[1] + d, inputs[2] + d, inputs[3] + d)
+    found = (outputs[0] + d, outputs[1] + d, outputs[2] + d)
+    dA, dD, dbias = _chunk_back(
+        *(start, end, given, found, BC_at, dBC_at, first, token_strides, (A, D, bias), mask),
+        *(scratch, tokens, CHUNK, SUB, N, CHANNELS),
+    )
+    tl.store(sums[0] + at * d_state + tile, dA, mask=inside)
+    tl.store(sums[1] + at + d, dD, mask=mask)
+    tl.store(sums[2] + at + d, dbias, mask=mask)
 
 
 @triton.jit
@@ -216,8 +193,8 @@ def _chunk_back(
 def _next_state(h, t, inputs, BC_at, token_strides, weights, mask):
     x_at, dt_at, z_at, dy_at = inputs
     x_token, dt_token, z_token, dy_token, out_token, BC_token = token_strides
-    step = softplus(_row(dt_at, t * dt_token, mask) + weights[2])
-    driven = step * _row(x_at, t * x_token, mask)
+    step = softplus(load_row(dt_at, t * dt_token, mask) + weights[2])
+    driven = step * load_row(x_at, t * x_token, mask)
     B = tl.load(BC_at + t * BC_token)
     return tl.exp2(step[:, None] * weights[0]) * h + driven[:, None] * B[None, :]
 
@@ -231,8 +208,8 @@ def _token_back(
     dx_at, ddt_at, dz_at = outputs
     x_token, dt_token, z_token, dy_token, out_token, BC_token = token_strides
     A, D, bias = weights
-    x, z = _row(x_at, t * x_token, mask), _row(z_at, t * z_token, mask)
-    pre, dy = _row(dt_at, t * dt_token, mask) + bias, _row(dy_at, t * dy_token, mask)
+    x, z = load_row(x_at, t * x_token, mask), load_row(z_at, t * z_token, mask)
+    pre, dy = load_row(dt_at, t * dt_token, mask) + bias, load_row(dy_at, t * dy_token, mask)
     B, C = tl.load(BC_at + t * BC_token), tl.load(BC_at + N + t * BC_token)
     step, gate = softplus(pre), sigmoid(z)
     driven, dseen = step * x, dy * z * gate
@@ -256,25 +233,6 @@ def _token_back(
     tl.store(at, dB)
     tl.store(at + N, dC)
     return decay * dh, slope * step[:, None], dseen * x, dpre
-
-
-@triton.jit
-def _channels(head, block, head_channels, CHANNELS: tl.constexpr):
-    """The channels of a block of one head's, and which of them are."""
-    within = block * CHANNELS + tl.arange(0, CHANNELS)
-    return head * head_channels + within, within < head_channels
-
-
-@triton.jit
-def _tile(d, mask, d_state, N: tl.constexpr):
-    """Places in [D, N] of a tile [CHANNELS, N], and which are."""
-    n = tl.arange(0, N)
-    return d[:, None] * d_state + n[None, :], mask[:, None] & (n < d_state)[None, :]
-
-
-@triton.jit
-def _row(at, offset, mask):
-    return tl.load(at + offset, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit

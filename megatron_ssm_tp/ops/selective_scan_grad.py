@@ -13,8 +13,10 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from . import reference
-from .selective_scan import ScanShape, last_axis_dense, multiprocessors, packed_bc
-from .selective_scan_back_triton import backward_chunks, carry_chunks
+from .launching import last_axis_dense, multiprocessors
+from .selective_scan import ScanShape, packed_bc
+from .selective_scan_back_triton import backward_chunks
+from .selective_scan_carry_triton import carry_chunks
 from .selective_scan_grad_triton import forward_chunks, join_chunks
 
 Grads = tuple[torch.Tensor | None, ...]

@@ -29,7 +29,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .selective_scan import dense_states, even_chunk, last_axis_dense, multiprocessors
+from .launching import Chunks, dense_states, even_chunk, last_axis_dense, multiprocessors
 from .ssd_states_triton import block_decays, chunk_states
 from .ssd_step_triton import ssd_state_step
 from .ssd_triton import scan_chunks
@@ -117,21 +117,16 @@ def ssd_varlen(
         HEADS=_HEADS_OF_DECAYS,
     )
     chunk = how.chunk or shape.chunk(how, x.device)
-    # Programs take chunks in turn: see selective_scan_triton.scan_chunks.
-    grid = (
-        shape.heads * shape.channel_blocks(how.channels),
-        max(shape.sequences, (shape.tokens + chunk // 2) // chunk),
-    )
-    cut = 2 * shape.tokens >= 3 * chunk  # the shortest that chunk_of cuts is 1.5 chunks
-    chunks = shape.tokens // chunk + shape.sequences if cut else 0  # at most
-    starts = A.new_empty(chunks, shape.heads, shape.channels, shape.d_state)
-    decays = A.new_empty(chunks, shape.heads)
+    chunks = Chunks(shape.tokens, shape.sequences, chunk)
+    grid = (shape.heads * shape.channel_blocks(how.channels), chunks.programs)
+    starts = A.new_empty(chunks.slots, shape.heads, shape.channels, shape.d_state)
+    decays = A.new_empty(chunks.slots, shape.heads)
     where = (step, total, cached, slots, cu_seqlens, starts, decays)
     where += (shape.sequences, chunk, *shape.geometry(how.channels))
     options = shape.tiles(how.channels) | {"BLOCK": how.block, "MASKED": shape.masked(how.channels)}
     options["PRODUCT"], options["PRECISION"] = _PRODUCTS[x.dtype]
-    options["ONE_EACH"] = not cut or shape.sequences == 1
-    if cut:
+    options["ONE_EACH"] = chunks.one_each
+    if chunks.cut:
         strides = (x.stride(0), B.stride(0), cached.stride(0))
         launch = {"num_warps": how.states_warps, "num_stages": how.states_stages}
         chunk_states[grid](x, B, *where, *strides, **options, **launch)
