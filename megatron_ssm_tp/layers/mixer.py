@@ -185,10 +185,10 @@ class SSMMixer(PartitionedModule):
         decode, prefill = slice(0, decodes), slice(decodes, len(x))  # padding goes with the prompts, which leave it out
         parts = []
         if decodes:
-            decode_slots = metadata.batch_indices_decode[:decodes].long()
+            decode_slots = metadata.batch_indices_decode[:decodes]
             parts.append(self.ops.causal_conv1d_step(x[decode], *self.conv_weights(), conv_states, decode_slots))
         if prefills:
-            prefill_slots = metadata.batch_indices_prefill[:prefills].long()
+            prefill_slots = metadata.batch_indices_prefill[:prefills]
             cu_seqlens = metadata.cu_seqlens[: prefills + 1]
             where = (conv_states, prefill_slots, cu_seqlens)
             parts.append(self.ops.causal_conv1d_varlen(x[prefill], *self.conv_weights(), *where))
@@ -212,7 +212,8 @@ def _joined(parts: list[torch.Tensor], tokens: int, like: torch.Tensor) -> torch
     if missing:
         parts = [*parts, like.new_empty(missing, *like.shape[1:])]
     whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-    whole[tokens:] = 0
+    if tokens < len(whole):
+        whole[tokens:] = 0
     return whole
 
 

@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from megatron.core.tensor_parallel import RowParallelLinear
+from megatron.core.tensor_parallel.mappings import _reduce as all_reduce_in_place
 from megatron.core.tensor_parallel.mappings import (
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
@@ -23,6 +25,7 @@ from ..comm import mappings
 from ..comm.autocast import recipe_of
 from ..comm.recipe_book import RecipeBook, as_book
 from ..comm.recipes import AllReduceRecipe
+from .lean_linear import is_lean
 
 
 class RecipeRowParallelLinear(RowParallelLinear):
@@ -39,14 +42,17 @@ class RecipeRowParallelLinear(RowParallelLinear):
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """input_ [.., d/p] -> [.., h], and the bias where skip_bias_add is set."""
         recipe = recipe_now(self)
-        if recipe is None:
+        if recipe is None and not (self.input_is_parallel and is_lean(self)):
             return super().forward(input_)
         if not self.input_is_parallel:
             input_ = scatter_to_tensor_model_parallel_region(input_, group=self.tp_group)
         partial = partial_product(self, input_)
-        if self.left_partial:
+        if recipe is None:
+            out = all_reduce_in_place(partial, self.tp_group)
+        elif self.left_partial:
             return partial, self.bias
-        out = mappings.reduce_from_tensor_model_parallel_region(partial, self.tp_group, recipe)
+        else:
+            out = mappings.reduce_from_tensor_model_parallel_region(partial, self.tp_group, recipe)
         if self.skip_bias_add or self.bias is None:
             return out, self.bias if self.skip_bias_add else None
         return out + self.bias, None
@@ -62,6 +68,8 @@ def recipe_now(linear: nn.Module) -> AllReduceRecipe | None:
 
 def partial_product(linear: RowParallelLinear, x: torch.Tensor) -> torch.Tensor:
     """This rank's part of linear(x), bias left out: x [.., d/p] -> [.., h], to be summed over the ranks."""
+    if is_lean(linear):
+        return F.linear(x, linear.weight)
     # Megatron's own choice of a product, by whether the weight is trained.
     return linear._forward_impl(
         input=x,

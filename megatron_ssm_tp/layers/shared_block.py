@@ -17,7 +17,6 @@ import torch
 from megatron.core.inference.contexts import BaseInferenceContext
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.ssm.mamba_layer import MambaLayerSubmodules
-from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -27,6 +26,7 @@ from ..partition.parameters import Table
 from .attention import Attention
 from .initialization import draw_all
 from .layer import MixerLayer
+from .lean_linear import LeanColumnParallelLinear
 from .mlp import MLP
 from .norm import LocalRMSNorm
 from .partitioned import PartitionedModule
@@ -54,7 +54,7 @@ class Adapter(PartitionedModule):
         super().__init__(config, table, pg_collection.tp)
         rank, d_in = table["down.weight"].shape
         self.down = _WholeLinear(config, d_in, rank)
-        self.up = self.column_linear(ColumnParallelLinear, "up", None)
+        self.up = self.column_linear(LeanColumnParallelLinear, "up", None)
         self.sum_gradients_of_shared_rows()
         if config.perform_initialization:
             fills = {"up.weight": config.init_method}

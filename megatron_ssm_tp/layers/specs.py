@@ -17,7 +17,6 @@ from megatron.core.activations import squared_relu
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.hybrid.hybrid_block import HybridStackSubmodules
 from megatron.core.ssm.mamba_layer import MambaLayerSubmodules
-from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -27,6 +26,7 @@ from ..errors import UserError
 from ..partition.parameters import adapter_tables
 from .attention import Attention, AttentionSubmodules
 from .layer import MixerLayer
+from .lean_linear import LeanColumnParallelLinear
 from .mamba1_mixer import Mamba1Mixer, Mamba1MixerSubmodules
 from .mamba2_mixer import Mamba2Mixer, Mamba2MixerSubmodules
 from .mlp import MLP, MLPSubmodules
@@ -91,9 +91,9 @@ def _mlp_preset(config: TransformerConfig) -> MLPConfig:
 def mamba1_spec(mixer_config) -> ModuleSpec:
     """A Mamba-1 mixer; `mixer_config` as in Mamba1Mixer: dimensions, or a function of Megatron's config."""
     projections = Mamba1MixerSubmodules(
-        in_proj=ColumnParallelLinear,
+        in_proj=LeanColumnParallelLinear,
         x_proj=RecipeRowParallelLinear,
-        dt_proj=ColumnParallelLinear,
+        dt_proj=LeanColumnParallelLinear,
         out_proj=RecipeRowParallelLinear,
     )
     return ModuleSpec(module=Mamba1Mixer, params={"mixer_config": mixer_config}, submodules=projections)
@@ -101,20 +101,20 @@ def mamba1_spec(mixer_config) -> ModuleSpec:
 
 def mamba2_spec(mixer_config, exact_norm: bool = False) -> ModuleSpec:
     """A Mamba-2 mixer; `mixer_config` and `exact_norm` as in Mamba2Mixer."""
-    projections = Mamba2MixerSubmodules(in_proj=ColumnParallelLinear, out_proj=RecipeRowParallelLinear)
+    projections = Mamba2MixerSubmodules(in_proj=LeanColumnParallelLinear, out_proj=RecipeRowParallelLinear)
     params = {"mixer_config": mixer_config, "exact_norm": exact_norm}
     return ModuleSpec(module=Mamba2Mixer, params=params, submodules=projections)
 
 
 def attention_spec(attention_config) -> ModuleSpec:
     """Attention; `attention_config` as in Attention."""
-    projections = AttentionSubmodules(qkv=ColumnParallelLinear, out_proj=RecipeRowParallelLinear)
+    projections = AttentionSubmodules(qkv=LeanColumnParallelLinear, out_proj=RecipeRowParallelLinear)
     return ModuleSpec(module=Attention, params={"attention_config": attention_config}, submodules=projections)
 
 
 def mlp_spec(mlp_config) -> ModuleSpec:
     """An MLP; `mlp_config` as in MLP."""
-    projections = MLPSubmodules(up=ColumnParallelLinear, down=RecipeRowParallelLinear)
+    projections = MLPSubmodules(up=LeanColumnParallelLinear, down=RecipeRowParallelLinear)
     return ModuleSpec(module=MLP, params={"mlp_config": mlp_config}, submodules=projections)
 
 
