@@ -69,3 +69,27 @@ def _differ(name: str, found: torch.Tensor, expected: torch.Tensor, exact: bool)
     if not exact and expected.numel() > 99 and (off > torch.finfo(torch.float32).eps * 8).float().mean() > 0.02:
         return f"{name}: {off.count_nonzero()} of {off.numel()} are rounded otherwise; "
     return f"{name}: {found[wrong][:3]} for {expected[wrong][:3]}; " if wrong.any() else ""
+
+
+def split(shape: tuple[int, ...], dtype: torch.dtype, sizes: tuple[int, int], eps: float | None) -> str:
+    """bcdt.py's kernel, of rows with gaps between them whose sums of squares are exact."""
+    patch_interpreter()
+    torch.use_deterministic_algorithms(True)
+    from megatron_ssm_tp.ops.bcdt import split_bcdt
+    from megatron_ssm_tp.ops.bcdt_triton import split_bcdt as kernel
+    from megatron_ssm_tp.ops.selective_scan import ScanShape, packed_bc
+
+    g, (dt_rank, d_state) = torch.Generator().manual_seed(1), sizes
+    wide = torch.randint(-2, 3, (*shape, dt_rank + 2 * d_state + 3), generator=g)
+    bcdt = torch.exp2(wide).to(dtype)[..., 3:]
+    found, expected = kernel(bcdt, *sizes, eps), split_bcdt(bcdt, *sizes, eps)
+    pairs = zip(("dt", "B and C"), found, (expected[0], expected[1].float()), strict=True)
+    problem = "".join(_differ(name, ours, theirs, exact=True) for name, ours, theirs in pairs)
+    if not shape[0]:
+        return problem
+    heads = shape[2] if len(shape) > 2 else 1
+    B, C = found[1].squeeze(1).chunk(2, dim=-1) if len(shape) > 1 else found[1].chunk(2, dim=-1)
+    packed = packed_bc(B, C, ScanShape(shape[0], 1, heads, heads, d_state))
+    if not torch.equal(packed.flatten(2), found[1].view(shape[0], heads, -1)):
+        problem += "B and C are packed otherwise"
+    return problem if packed.data_ptr() == found[1].data_ptr() else problem + "B and C are copied"

@@ -42,6 +42,13 @@ def test_norms_round_where_the_references_do(interpreted, dtype, weight_dtype, r
     assert interpreted(jobs.compare, case, (64, 16, 16)) == ""
 
 
+@pytest.mark.parametrize("shape", [(5,), (3, 1), (2, 1, 3), (0, 1)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("eps", [None, 1e-5], ids=["plain", "normed"])
+def test_dt_b_and_c_are_the_references(interpreted, shape, dtype, eps):
+    assert interpreted(jobs.split, shape, dtype, (11, 16), eps) == ""
+
+
 def test_what_autograd_records_and_what_the_cpu_holds_is_left_to_torch(monkeypatch):
     weight = torch.ones(4, requires_grad=True)
     assert norm._kernels(torch.ones(2, 4)) is None
@@ -71,6 +78,16 @@ def test_the_kernel_compiles_for_gpus_that_are_not_here(columns, bounds, residua
     constants = {"BOUNDS": bounds, "COLUMNS": columns, "WIDTH": width, "ROWS": rows}
     ptx = compile_for_hopper(normalize_rows, types, constants, warps).asm["ptx"]
     assert ".target sm_90" in ptx and ("v4.b32" in ptx or columns == 44)
+
+
+@pytest.mark.parametrize(("bounds", "normed"), [((0, 256, 272, 288), True), ((0, 160, 176, 192), False)])
+def test_bcdts_kernel_compiles_for_gpus_that_are_not_here(bounds, normed):
+    from megatron_ssm_tp.ops.bcdt_triton import split_rows, tile_of
+
+    rows, width, warps = tile_of(bounds[-1])
+    types = {"x_ptr": "*bf16", "dt_ptr": "*bf16", "bc_ptr": "*fp32", "rows": "i32", "x_stride": "i32", "eps": "fp32"}
+    constants = {"BOUNDS": bounds, "NORMED": normed, "WIDTH": width, "ROWS": rows}
+    assert ".target sm_90" in compile_for_hopper(split_rows, types, constants, warps).asm["ptx"]
 
 
 class _OnGpu:

@@ -29,7 +29,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from ..config import Mamba1Config
-from ..ops.norm import rms_normalize_slices
+from ..ops.bcdt import split_bcdt
 from ..partition.layout import state_shapes
 from ..partition.parameters import mamba1_parameters
 from .initialization import filled_later, initialize_mamba1
@@ -123,18 +123,14 @@ class Mamba1Mixer(SSMMixer):
             bcdt = torch.einsum("...hd,rhd->...hr", _by_head(convolved, self.heads), self.x_proj.by_head(1))
         else:
             bcdt, _ = self.x_proj(convolved)
-        dt_rank, d_state, eps = self.dims.dt_rank, self.dims.d_state, self.dims.bcdt_norm_eps
-        if eps is not None:
-            bcdt = rms_normalize_slices(bcdt, (dt_rank, d_state, d_state), eps)
-        dt, bc = bcdt.split([dt_rank, 2 * d_state], dim=-1)
+        dt, bc = split_bcdt(bcdt, self.dims.dt_rank, self.dims.d_state, self.dims.bcdt_norm_eps)
         if self.head_group is not None:
             bc = copy_to_tensor_model_parallel_region(bc, group=self.head_group)
         B, C = bc.chunk(2, dim=-1)
         if isinstance(self.dt_proj, _HeadsLinear):
             dt = torch.einsum("...hr,hdr->...hd", dt, self.dt_proj.by_head(0)).flatten(-2)
         else:
-            # torch multiplies [T, 1, R] with gaps between rows as T products of one row.
-            dt = self.dt_proj(dt.contiguous())[0]
+            dt = self.dt_proj(dt)[0]
         return convolved, dt, B, C, *around
 
     def _scan_arguments(self, tokens: Tensors) -> Tensors:

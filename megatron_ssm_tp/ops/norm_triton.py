@@ -109,14 +109,14 @@ def normalize_rows(
         tl.store(stream_ptr + row * COLUMNS + column, x, mask=mask)
         x = x.to(weight.dtype)
     wide = x.to(tl.float32)
-    normed = (wide * _scale(wide, column, eps, BOUNDS)).to(x.dtype)
+    normed = (wide * scale_of_runs(wide, column, eps, BOUNDS)).to(x.dtype)
     if weight_ptr is not None:
         normed = (normed.to(weight.dtype).to(tl.float32) * weight.to(tl.float32)).to(weight.dtype)
     tl.store(out_ptr + row * COLUMNS + column, normed, mask=mask)
 
 
 @triton.jit
-def _scale(wide, column, eps, BOUNDS: tl.constexpr):
+def scale_of_runs(wide, column, eps, BOUNDS: tl.constexpr):
     """1 / rms of the run of columns that each value belongs to; values beyond the last run are zero."""
     squares = wide * wide
     if len(BOUNDS) == 2:

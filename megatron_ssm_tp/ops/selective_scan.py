@@ -194,7 +194,13 @@ class ScanShape:
 
 
 def packed_bc(B: torch.Tensor, C: torch.Tensor, shape: ScanShape) -> torch.Tensor:
-    """B and C side by side, as every program of the scan reads them: float32 [T, H, 2, padded N]."""
+    """B and C side by side, as every program of the scan reads them: float32 [T, H, 2, padded N]. Not copied where
+    they are that already (bcdt.py)."""
+    row = (shape.heads * 2 * shape.padded, 2 * shape.padded)
+    beside = C.data_ptr() == B.data_ptr() + 4 * shape.d_state and shape.padded == shape.d_state
+    dense = B.stride() == C.stride() == ((row[0], 1) if B.dim() == 2 else (*row, 1))
+    if beside and dense and B.dtype == C.dtype == torch.float32 and B.data_ptr() % 16 == 0:
+        return B.as_strided((shape.tokens, shape.heads, 2, shape.padded), (*row, shape.padded, 1))
     packed = B.new_zeros if shape.padded != shape.d_state else B.new_empty
     packed = packed((shape.tokens, shape.heads, 2, shape.padded), dtype=torch.float32)
     for i, shared in enumerate((B, C)):

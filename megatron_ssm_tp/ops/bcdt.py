@@ -1,0 +1,28 @@
+"""dt, B and C taken out of x_proj's product, and normalized where a model does that: on GPUs by one kernel."""
+
+import torch
+
+from .choose import has_triton, kernels_can_take
+from .norm import rms_normalize_slices
+
+
+def split_bcdt(bcdt: torch.Tensor, dt_rank: int, d_state: int, eps: float | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """dt [.., R], and B beside C [.., 2N], of bcdt [.., R + 2N], rows of any stride.
+
+    Args:
+        eps: each of the three is divided by its root mean square (HF FalconMambaMixer's rms_forward), rounded to
+            bcdt's dtype; None: they are left as they are.
+
+    Returns:
+        dt in bcdt's dtype, its rows without gaps: torch multiplies [T, 1, R] with gaps between rows as T products of
+        one row. B and C in float32, as the scan's kernels read them, where neither the CPU nor autograd is concerned;
+        else in bcdt's dtype.
+    """
+    if kernels_can_take(bcdt) and has_triton():
+        from .bcdt_triton import split_bcdt as kernel
+
+        return kernel(bcdt, dt_rank, d_state, eps)
+    if eps is not None:
+        bcdt = rms_normalize_slices(bcdt, (dt_rank, d_state, d_state), eps)
+    dt, bc = bcdt.split([dt_rank, 2 * d_state], dim=-1)
+    return dt.contiguous(), bc

@@ -1,0 +1,54 @@
+"""bcdt.py as a Triton kernel: a program holds some rows of x_proj's product, read once."""
+
+import torch
+import triton
+import triton.language as tl
+
+from .launching import last_axis_dense
+from .norm_triton import scale_of_runs, tile_of
+
+
+def split_bcdt(bcdt: torch.Tensor, dt_rank: int, d_state: int, eps: float | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """bcdt.split_bcdt."""
+    before, columns = bcdt.shape[:-1], bcdt.shape[-1]
+    dt = torch.empty((*before, dt_rank), dtype=bcdt.dtype, device=bcdt.device)
+    bc = torch.empty((*before, 2 * d_state), dtype=torch.float32, device=bcdt.device)
+    if not bcdt.numel():
+        return dt, bc
+    x = last_axis_dense(bcdt.reshape(-1, columns))
+    rows_at_a_time, width, warps = tile_of(columns)
+    split_rows[(triton.cdiv(len(x), rows_at_a_time),)](
+        *(x, dt, bc, len(x), x.stride(0), eps or 0.0),
+        BOUNDS=(0, dt_rank, dt_rank + d_state, columns),
+        NORMED=eps is not None,
+        WIDTH=width,
+        ROWS=rows_at_a_time,
+        num_warps=warps,
+    )
+    return dt, bc
+
+
+@triton.jit
+def split_rows(
+    x_ptr,
+    dt_ptr,
+    bc_ptr,
+    rows,
+    x_stride,
+    eps,
+    BOUNDS: tl.constexpr,
+    NORMED: tl.constexpr,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """ROWS rows of dt, B and C between BOUNDS, the latter to float32; NORMED: rounded to x's dtype before."""
+    row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
+    column = tl.arange(0, WIDTH)[None, :]
+    mask = (row < rows) & (column < BOUNDS[3])
+    x = tl.load(x_ptr + row * x_stride + column, mask=mask, other=0.0)
+    if NORMED:
+        wide = x.to(tl.float32)
+        x = (wide * scale_of_runs(wide, column, eps, BOUNDS)).to(x.dtype)
+    tl.store(dt_ptr + row * BOUNDS[1] + column, x, mask=mask & (column < BOUNDS[1]))
+    at = bc_ptr + row * (BOUNDS[3] - BOUNDS[1]) + (column - BOUNDS[1])
+    tl.store(at, x.to(tl.float32), mask=mask & (column >= BOUNDS[1]))
