@@ -150,15 +150,12 @@ def test_groups_must_divide_heads(tiny, tmp_path):
 
 
 def test_sums_in_half_precision_columns_are_float32s():
-    from megatron_ssm_tp.layers.gated_norm import _pack
+    from megatron_ssm_tp.ops.gated_norm import pack_sums
 
-    class Group:
-        def __init__(self, rank: int) -> None:
-            self.rank, self.size = (lambda: rank), (lambda: 4)
-
+    product, columns = torch.zeros(50, 0, dtype=torch.bfloat16), sum_columns("bfloat16", 4)
     parts = torch.rand(4, 50, 1) * torch.logspace(-6, 6, 50)[:, None]
-    packed = [_pack(part, torch.bfloat16, Group(rank)) for rank, part in enumerate(parts)]
-    assert packed[0].shape[-1] == sum_columns("bfloat16", 4)
+    packed = [pack_sums(product, part, rank, columns) for rank, part in enumerate(parts)]
+    assert packed[0].shape[-1] == columns
     summed = packed[0] + packed[1] + packed[2] + packed[3]  # in bfloat16, as a reduction would
     torch.testing.assert_close(summed.float().sum(-1, keepdim=True), parts.sum(0), rtol=1e-6, atol=0)
 

@@ -9,16 +9,13 @@ pays anyway, and scale the sum. No second all-reduce. Three cases, by the norm's
     reduced    otherwise, or on demand   the sums of squares are reduced first, one number a token among the ranks that
                                          share a group: exact, one small all-reduce more
 
-With w the norm's weight and s = silu(z): after the gate  u = y s, out = scale(u) W (w u);  before it
-out = scale(y) W (w y s).
-Source of the norms: HF MambaRMSNormGated, Zamba2RMSNormGated, FalconH1RMSNormGated.
+The arithmetic is in ops/gated_norm.py.
 """
 
 from enum import Enum
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from megatron.core.tensor_parallel import RowParallelLinear
 from megatron.core.tensor_parallel.mappings import _reduce as all_reduce_in_place
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
@@ -26,6 +23,14 @@ from torch import nn
 
 from ..config import GatedNormConfig
 from ..errors import UserError
+from ..ops.gated_norm import (
+    gated_norm_by_mean,
+    gated_rms_norm,
+    gated_values,
+    pack_sums,
+    sum_of_squares,
+    unpack_sums,
+)
 from ..partition.reductions import sum_columns
 from .row_parallel import partial_product
 from .sharding import sharers
@@ -88,44 +93,27 @@ class GatedRMSNorm(nn.Module):
             dp_cp_group=ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"],
         )
 
-    def gated(self, y: torch.Tensor, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What is to be scaled [.., D/p] without its weight, and what its scale is taken of; both float32."""
-        y, gate = y.float(), F.silu(z.float())
-        return (y * gate, y) if self.config.before_gate else (y * gate, y * gate)
-
     def forward(self, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         """Normed and gated [.., D/p] in y's dtype; LOCAL and REDUCED only."""
-        value, measured = self.gated(y, z)
+        eps, before_gate = self.config.eps, self.config.before_gate
         if self.case is NormCase.LOCAL:
-            groups = value.shape[-1] // self.width
-            mean = measured.unflatten(-1, (groups, self.width)).pow(2).mean(-1, keepdim=True)
-            scale = torch.rsqrt(mean + self.config.eps)
-            normed = (value.unflatten(-1, (groups, self.width)) * scale).flatten(-2)
-        else:
-            normed = value * torch.rsqrt(self._reduced_mean(measured) + self.config.eps)
-        return self.weight * normed.to(y.dtype)
-
-    def _reduced_mean(self, measured: torch.Tensor) -> torch.Tensor:
-        """Mean square [.., 1] of this rank's group, over the ranks that share it."""
-        return _SumOverRanks.apply(measured.pow(2).sum(-1, keepdim=True), self.group_ranks) / self.width
+            return gated_rms_norm(y, z, self.weight, eps, y.shape[-1] // self.width, before_gate)
+        sums = _SumOverRanks.apply(sum_of_squares(y, z, before_gate), self.group_ranks)
+        return gated_norm_by_mean(y, z, self.weight, sums / self.width, eps, before_gate)
 
     def columns(self, dtype: torch.dtype) -> int:
         """DEFERRED: how many columns carry sums of squares beside a product of `dtype`."""
-        return sum_columns(_dtype_name(dtype), self.tp_group.size())
+        return sum_columns(str(dtype).removeprefix("torch."), self.tp_group.size())
 
     def packed_product(self, y: torch.Tensor, z: torch.Tensor, out_proj: RowParallelLinear) -> torch.Tensor:
         """DEFERRED: this rank's part of the unscaled product, its sums of squares beside it: [l, b, h + columns]."""
-        value, measured = self.gated(y, z)
-        product = partial_product(out_proj, self.weight * value.to(y.dtype))
-        squares = measured.pow(2).sum(-1, keepdim=True) / self.width
-        return torch.cat([product, _pack(squares, product.dtype, self.tp_group)], dim=-1)
+        value, squares = gated_values(y, z, self.weight, self.config.before_gate)
+        product = partial_product(out_proj, value)
+        return pack_sums(product, squares / self.width, self.tp_group.rank(), self.columns(product.dtype))
 
     def unpack(self, packed: torch.Tensor) -> torch.Tensor:
         """DEFERRED: the product [.., h] of the reduced `packed_product`."""
-        columns = self.columns(packed.dtype)
-        product, sums = packed.split([packed.shape[-1] - columns, columns], dim=-1)
-        mean = sums.float().sum(-1, keepdim=True)
-        return (product.float() * torch.rsqrt(mean + self.config.eps)).to(packed.dtype)
+        return unpack_sums(packed, self.columns(packed.dtype), self.config.eps)
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -139,21 +127,3 @@ class _SumOverRanks(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         return all_reduce_in_place(gradient.clone(), ctx.group), None
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _pack(numbers: torch.Tensor, dtype: torch.dtype, group: dist.ProcessGroup) -> torch.Tensor:
-    """float32 numbers [.., 1] as columns of `dtype` that survive a sum over the ranks (see reductions.sum_columns)."""
-    if dtype == torch.float32:
-        return numbers
-    pieces, rest = [], numbers
-    for _ in range(3):
-        piece = rest.to(dtype)
-        rest = rest - piece.float()
-        pieces.append(piece)
-    tp, own = group.size(), torch.cat(pieces, dim=-1)
-    columns = sum_columns(_dtype_name(dtype), tp)
-    return F.pad(own, (3 * group.rank(), columns - 3 * (group.rank() + 1)))

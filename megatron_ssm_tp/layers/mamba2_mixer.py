@@ -92,11 +92,14 @@ class Mamba2Mixer(SSMMixer):
         """[l, b, h] -> x, B and C side by side [l, b, D/p + 2 g N], and z [l, b, D/p], dt [l, b, H/p]."""
         if self.dims.in_multiplier != 1:
             hidden_states = hidden_states * self.dims.in_multiplier
-        bands = self.in_proj(hidden_states)[0].split(self._sizes, dim=-1)
+        bands = self.in_proj(hidden_states)[0]
         if any(multiplier != 1 for multiplier in self.dims.band_multipliers):
-            bands = [band * multiplier for band, multiplier in zip(bands, self.dims.band_multipliers, strict=True)]
-        z, x, B, C, dt = bands
-        return torch.cat([x, B, C], dim=-1), (z, dt)
+            parts = bands.split(self._sizes, dim=-1)
+            scaled = zip(parts, self.dims.band_multipliers, strict=True)
+            bands = torch.cat([band * multiplier for band, multiplier in scaled], dim=-1)
+        z, *xbc, dt = self._sizes
+        z, xbc, dt = bands.split([z, sum(xbc), dt], dim=-1)
+        return xbc, (z, dt)
 
     def inputs(self, convolved: torch.Tensor, around: Tensors) -> Tensors:
         """x [.., D/p], dt [.., H/p], B and C [.., g N]."""
