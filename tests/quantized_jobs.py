@@ -65,7 +65,9 @@ def _megatron_mlp() -> torch.nn.Module:
     )
     torch.manual_seed(0)
     parts = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    return MLP(config, parts, tp_group=groups().tp)
+    mlp = MLP(config, parts, tp_group=groups().tp)
+    torch.nn.init.ones_(mlp.linear_fc2.bias)
+    return mlp
 
 
 def plain_megatron_mlp(recipe: AllReduceRecipe | None) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
@@ -92,7 +94,9 @@ def odd_linears() -> list[tuple[bool, bool]]:
         config = TransformerConfig(num_layers=1, hidden_size=32, num_attention_heads=4, use_cpu_initialization=True)
         settings = {"input_is_parallel": True, "bias": True, "skip_bias_add": False, "is_expert": False}
         init = torch.nn.init.normal_
-        return RowParallelLinear(32, 16, config=config, init_method=init, tp_group=groups().tp, **settings | options)
+        linear = RowParallelLinear(32, 16, config=config, init_method=init, tp_group=groups().tp, **settings | options)
+        torch.nn.init.constant_(linear.bias, 20.0)  # Megatron starts it at zero, where nobody would miss it
+        return linear
 
     whole, frozen = build(input_is_parallel=False), build()
     frozen.weight.requires_grad_(False)

@@ -13,7 +13,7 @@ from comm_jobs import ALWAYS_ONE_SHOT, ALWAYS_TWO_SHOT, contribution, kernels
 
 from megatron_ssm_tp import UserError
 from megatron_ssm_tp.comm import collectives
-from megatron_ssm_tp.comm.recipes import AllReduceRecipe, Int8BlockScaling
+from megatron_ssm_tp.comm.recipes import AllReduceRecipe, Bf16, Int8BlockScaling
 from megatron_ssm_tp.comm.tuning import Launch
 from megatron_ssm_tp.comm.workspace import EXACT_VALUES, FLAGS, Workspace
 from megatron_ssm_tp.ops.norm import rms_normalize
@@ -90,6 +90,7 @@ def reduced(
     for seed, call in enumerate(calls):
         x = _contribution(call, seed)
         before = x.clone()
+        assert x.any() or x.dim() < 2 or len(x) < 2  # the first row of several is zero, and no other
         out = _launch_module().reduce(space, x, call.recipe, call.exact_columns, call.launch)
         assert torch.equal(x, before) and out.is_contiguous() and out.shape == x.shape and out.dtype == call.dtype
         extra = ALWAYS_TWO_SHOT if call.launch.way == "two-shot" else ALWAYS_ONE_SHOT
@@ -97,6 +98,33 @@ def reduced(
             x, dist.group.WORLD, call.recipe, exact_columns=call.exact_columns, one_shot_extra_bytes=extra
         )
         assert space.counters.tolist()[1] == 0  # no program of the call is missing
+        found.append((out.flatten().view(torch.uint8).numpy(), torch.equal(out, expected)))
+    return found
+
+
+def in_a_row(directory: Path, calls: list[Call], late_s: float) -> list[tuple[np.ndarray, bool]]:
+    """As reduced, with nothing between the calls that ranks would wait for each other in, and a last rank that reads
+    what has arrived so long after it has sent its own."""
+    import triton.runtime.interpreter as interpreter
+
+    module, space, builder = _launch_module(), workspace(directory, 1 << 20), interpreter.InterpreterBuilder
+    inputs = [_contribution(call, seed) for seed, call in enumerate(calls)]
+    atomic, last = builder.create_atomic_rmw, dist.get_rank() == dist.get_world_size() - 1
+
+    def late_atomic(self, *args):
+        done = atomic(self, *args)
+        time.sleep(late_s if last else 0)
+        return done
+
+    builder.create_atomic_rmw = late_atomic
+    try:
+        outs = [module.reduce(space, x, call.recipe, 0, call.launch) for x, call in zip(inputs, calls, strict=True)]
+    finally:
+        builder.create_atomic_rmw = atomic
+    found = []
+    for x, call, out in zip(inputs, calls, outs, strict=True):
+        extra = ALWAYS_TWO_SHOT if call.launch.way == "two-shot" else ALWAYS_ONE_SHOT
+        expected = collectives.all_reduce(x, dist.group.WORLD, call.recipe, one_shot_extra_bytes=extra)
         found.append((out.flatten().view(torch.uint8).numpy(), torch.equal(out, expected)))
     return found
 
@@ -118,15 +146,46 @@ def add_norm(directory: Path, call: Call, weight_dtype: torch.dtype) -> tuple[np
     residual = torch.randn(call.shape, generator=generator).to(call.dtype)
     weight = torch.rand(call.shape[-1], generator=generator).to(weight_dtype)
     module, space = _launch_module(), workspace(directory, 1 << 20)
-    stream, normed = module.reduce_add_norm(space, x, residual, weight, 1e-5, call.recipe, call.launch)
-    expected = module.reduce(space, x, call.recipe, 0, call.launch) + residual
-    their_norm = weight * rms_normalize(expected.to(weight.dtype), 1e-5)
+    problem = ""
+    for eps in (1e-5, 100.0):  # the same call but for it
+        stream, normed = module.reduce_add_norm(space, x, residual, weight, eps, call.recipe, call.launch)
+        expected = module.reduce(space, x, call.recipe, 0, call.launch) + residual
+        problem += _differ_from_steps(stream, normed, expected, weight, eps)
+    return stream.float().numpy(), normed.float().numpy(), problem
+
+
+def _differ_from_steps(
+    stream: torch.Tensor, normed: torch.Tensor, expected: torch.Tensor, weight: torch.Tensor, eps: float
+) -> str:
+    """Where a new residual and its norm are not `expected` and its norm."""
+    their_norm = weight * rms_normalize(expected.to(weight.dtype), eps)
     problem = "" if torch.equal(stream, expected) else "residual "
     # the mean of squares is summed in another order: a last bit of the result may differ
-    near = torch.allclose(normed.float(), their_norm.float(), rtol=2 * torch.finfo(weight_dtype).eps, atol=1e-30)
-    if not near or normed.dtype != their_norm.dtype:
-        problem += "norm"
-    return stream.float().numpy(), normed.float().numpy(), problem
+    near = torch.allclose(normed.float(), their_norm.float(), rtol=2 * torch.finfo(weight.dtype).eps, atol=1e-30)
+    return problem if near and normed.dtype == their_norm.dtype else problem + "norm "
+
+
+def fused_by_recipe(directory: Path, launch: Launch) -> str:
+    """comm.fused.all_reduce_add_norm where the symmetric backend is there: who reduces, and whether rightly."""
+    from unittest import mock
+
+    from megatron_ssm_tp.comm import fused, symmetric
+
+    module, space, group = _launch_module(), workspace(directory, 1 << 20), dist.group.WORLD
+    x = _contribution(Call((5, 64), Bf16(32), launch), 0)
+    residual, weight = torch.randn(5, 64, generator=torch.Generator().manual_seed(5)), torch.arange(1.0, 65.0)
+    called, problem = mock.Mock(side_effect=module.reduce_add_norm), ""
+    there = {"supports": lambda *_: (True, ""), "_workspaces": {group: space}}
+    with (
+        mock.patch.multiple(symmetric, **there),
+        mock.patch.object(symmetric, "_kernels", lambda: mock.Mock(reduce_add_norm=called)),
+    ):
+        for backend in ("symmetric", "auto", "collective"):
+            recipe = Bf16(32, backend=backend)
+            stream, normed = fused.all_reduce_add_norm(x, residual, weight, 1e-5, group, recipe)
+            expected = residual + collectives.all_reduce(x, group, recipe)
+            problem += _differ_from_steps(stream, normed, expected, weight, 1e-5)
+    return problem + ("" if called.call_count == 2 else f"called {called.call_count} times")
 
 
 def lost_peer(directory: Path, recipe: AllReduceRecipe, launch: Launch) -> str:
@@ -157,6 +216,8 @@ def reasons_without_buffers(case: str) -> list[str]:
         replaced["_zeros"] = mock.Mock(side_effect=RuntimeError("out of memory\nand more"))
     elif case == "no triton" and last:
         replaced["_what_is_missing"] = lambda: "a rank has no triton"
+    elif case == "one rank's peer access" and not last:
+        replaced["_rendezvous"] = lambda *_: mock.create_autospec(Workspace, instance=True)
     elif case == "two hosts":
         replaced["socket"] = mock.Mock(gethostname=lambda: f"node{dist.get_rank()}")
     with (

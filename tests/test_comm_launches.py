@@ -41,6 +41,7 @@ def test_what_was_not_measured_is_guessed_by_bytes():
         ("no triton", "a rank has no triton"),
         ("two hosts", "its ranks are on several nodes"),
         ("no peer access", "its GPUs cannot share memory: no peer access"),
+        ("one rank's peer access", "its GPUs cannot share memory: no peer access"),
     ],
 )
 def test_what_fails_on_one_rank_is_known_to_all(world, case, said):

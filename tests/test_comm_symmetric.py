@@ -68,7 +68,7 @@ def test_the_collective_backends_bits_on_all_ranks(interpreted, directory, p, wa
     if p < 4:
         calls = [Call((3, 1, 70), recipe, how) for recipe in RECIPES for how in (ways if p == 2 else ways[1:])]
     else:  # many ranks are slow on few cores
-        calls = [Call((1, 1, 200), RECIPES[0], ways[1])]
+        calls = [Call((2, 1, 100), RECIPES[0], ways[1])]
     check(interpreted, directory, p, calls)
 
 
@@ -87,7 +87,8 @@ def test_exact_columns_are_not_quantized(interpreted, directory, ways):
         for recipe, dtype in [(RECIPES[0], torch.float32), (RECIPES[2], torch.bfloat16), (RECIPES[3], torch.bfloat16)]
         for how in ways
     ]
-    check(interpreted, directory, 3, [*calls, calls[0]._replace(exact_columns=1, stride=80)])
+    others = [calls[0]._replace(exact_columns=0), calls[0]._replace(exact_columns=1, stride=80)]
+    check(interpreted, directory, 3, [*calls, *others])
 
 
 @WAYS
@@ -101,7 +102,7 @@ def test_calls_of_all_kinds_follow_each_other(interpreted, directory):
     """Back to back, the same memory meets words, codes and sums of other sizes; hypothesis picks the order."""
     call = st.builds(
         Call,
-        st.tuples(st.integers(1, 4), st.integers(1, 90)),
+        st.tuples(st.integers(2, 4), st.integers(1, 90)),
         st.sampled_from(RECIPES),
         st.sampled_from(WORDS + ONE_SHOT + SPLIT + TWO_SHOT),
         st.sampled_from([torch.bfloat16, torch.float32]),
@@ -115,6 +116,18 @@ def test_calls_of_all_kinds_follow_each_other(interpreted, directory):
         check(interpreted, directory, 2, calls)
 
     run()
+
+
+@pytest.mark.parametrize("launch", [ONE_SHOT[0], TWO_SHOT[0]], ids=lambda launch: launch.way)
+def test_nobody_writes_over_what_a_late_rank_has_not_read(interpreted, directory, launch):
+    calls = [Call((2, 32), RECIPES[0], launch)] * 3
+    results = interpreted(2).run(jobs.in_a_row, directory / f"2-{1 << 20}", calls, 0.2)
+    for (bits, as_collective), (others, _) in zip(*results, strict=True):
+        assert as_collective and np.array_equal(bits, others)
+
+
+def test_recipes_say_who_reduces_adds_and_norms(interpreted, directory):
+    assert interpreted(2).run(jobs.fused_by_recipe, directory / f"2-{1 << 20}", ONE_SHOT[0]) == [""] * 2
 
 
 @WAYS

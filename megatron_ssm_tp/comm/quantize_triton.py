@@ -18,9 +18,9 @@ _LAUNCH = {"num_warps": 4, "enable_fp_fusion": False}  # without fusion the bits
 def _code_addresses(blocks, blocks_per_part, part_bytes, BLOCK_BYTES: tl.constexpr):
     """Where blocks' codes [BLOCKS, BLOCK_BYTES] begin in bytes and their scales [BLOCKS] in float32s."""
     start = (blocks // blocks_per_part).to(tl.int64) * part_bytes
-    within = blocks % blocks_per_part
+    within = (blocks % blocks_per_part).to(tl.int64)
     codes = (start + within * BLOCK_BYTES)[:, None] + tl.arange(0, BLOCK_BYTES)[None, :]
-    return codes, (start + blocks_per_part * BLOCK_BYTES) // 4 + within
+    return codes, (start + tl.cast(blocks_per_part, tl.int64) * BLOCK_BYTES) // 4 + within
 
 
 @triton.jit

@@ -47,7 +47,10 @@ def prepare(group: dist.ProcessGroup, timeout_s: float = TIMEOUT_S) -> None:
 
 
 def supports(x: torch.Tensor, group: dist.ProcessGroup, recipe: AllReduceRecipe) -> tuple[bool, str]:
-    """(ok, reason), the same on every rank. A group's first call allocates its buffers, collectively."""
+    """(ok, reason). A group's first call allocates its buffers, collectively.
+
+    The same on every rank whose x is on its current GPU, and if either all or none of them capture a CUDA graph.
+    """
     ok, reason = recipe.supports(x.dtype, group)
     if not ok:
         return False, reason

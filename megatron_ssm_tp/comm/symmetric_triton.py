@@ -84,7 +84,7 @@ def one_shot(
                 if program % 2 == 0:
                     for tile in tl.range(part * chunk, end, num_stages=3):
                         codes, scales = encode_own(tile, source, S)
-                        put_to_all(codes, scales, tile, tile, all_blocks, all_blocks, link, S, False)
+                        put_to_all(codes, scales, tile, tile, all_blocks, all_blocks, link, S)
                     raise_flags(link, part * S.ranks, S, False)
                 else:
                     await_flags(link, part * S.ranks, S, False)
@@ -95,7 +95,7 @@ def one_shot(
         else:
             for tile in range(program, tiles, tile_programs):
                 codes, scales = encode_own(tile, source, S)
-                put_to_all(codes, scales, tile, tile, all_blocks, all_blocks, link, S, False)
+                put_to_all(codes, scales, tile, tile, all_blocks, all_blocks, link, S)
                 if S.flagged:
                     raise_flags(link, tile * S.ranks, S, False)
                 sum_and_store(codes, scales, tile, source, sink, link, S)
@@ -193,7 +193,7 @@ def _sum_parts(first, end, flag, source, sink, parts, sums, slot_blocks, S: tl.c
         tile = row * S.ranks + S.rank
         total = sum_of_slots(tile, row, slot_blocks, all_blocks, parts, S)
         codes, scales = encode_tile(total, FORMAT)
-        put_to_all(codes, scales, tile, row, slot_blocks, all_blocks, sums, S, False)
+        put_to_all(codes, scales, tile, row, slot_blocks, all_blocks, sums, S)
         store_sum(decode_tile(codes, scales, FORMAT), tile, sink, all_blocks, SUM, S)
     raise_flags(sums, flag, S, False)
 
@@ -246,4 +246,5 @@ def _finish(counters_ptr, epoch):
     tl.debug_barrier()
     if tl.atomic_add(counters_ptr + 1, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1:
         tl.store(counters_ptr + 1, 0)
-        tl.store(counters_ptr, epoch)
+        # Memory that was never written says 0: no call has that number. -1 is odd, and 2 is even, as halves alternate.
+        tl.store(counters_ptr, tl.where(epoch == -1, 1, epoch))

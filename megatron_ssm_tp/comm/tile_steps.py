@@ -89,11 +89,11 @@ def put_tile(codes, scales, tile, at, slot_blocks, all_blocks, link, S: tl.const
 
 
 @triton.jit
-def put_to_all(codes, scales, tile, at, slot_blocks, all_blocks, link, S: tl.constexpr, OWN: tl.constexpr):
-    """_put to every peer, and to this rank itself where what is its OWN is read from there too."""
+def put_to_all(codes, scales, tile, at, slot_blocks, all_blocks, link, S: tl.constexpr):
+    """put_tile to every peer."""
     RANKS: tl.constexpr = S.ranks
     for peer in tl.static_range(RANKS):
-        if OWN or peer != S.rank:
+        if peer != S.rank:
             put_tile(codes, scales, tile, at, slot_blocks, all_blocks, link, S, peer)
 
 
@@ -208,6 +208,7 @@ def sum_and_store(codes, scales, tile, source, sink, link, S: tl.constexpr):
     SUM: tl.constexpr = source[0].dtype.element_ty
     all_blocks = source[2]
     if S.add_norm:
+        # Loaded before the peers' codes are waited for, where store_sum would load them after.
         residual, weight = _residual_and_weight(tile, sink, all_blocks, S)
         total = _sum(codes, scales, tile, all_blocks, link, S)
         _store_normed(total, residual, weight, tile, sink, all_blocks, SUM, S)
@@ -218,6 +219,7 @@ def sum_and_store(codes, scales, tile, source, sink, link, S: tl.constexpr):
 
 @triton.jit
 def store_sum(total, tile, sink, all_blocks, SUM: tl.constexpr, S: tl.constexpr):
+    """A tile's sum, float32, or what add_norm makes of it, to its place."""
     if S.add_norm:
         residual, weight = _residual_and_weight(tile, sink, all_blocks, S)
         _store_normed(total, residual, weight, tile, sink, all_blocks, SUM, S)

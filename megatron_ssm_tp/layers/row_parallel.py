@@ -130,20 +130,17 @@ def set_recipes(model: nn.Module, recipes: AllReduceRecipe | RecipeBook | None, 
         UserError: `recipes` is something else, or `strict` and an enabled matcher fits no site; nothing is set then.
             The same on all tensor-parallel ranks, whose sites are the same.
     """
-    book, linears = as_book(recipes), []
+    book, found = as_book(recipes), []
     for name, linear in model.named_modules():
         kind = _kind(linear)
-        if kind is None:
-            continue
-        if type(linear) is not kind:
-            linear.__class__, linear.site = kind, ""
-        linear.site = linear.site or re.sub(r"^(module\.)+", "", name)  # where it was built without a name
-        linears.append(linear)
-    sites = [linear.site for linear in linears if not linear.reduced_elsewhere]
+        if kind is not None:
+            built_as = linear.site if type(linear) is kind else ""
+            found.append((linear, kind, built_as or re.sub(r"^(module\.)+", "", name)))
+    sites = [site for linear, _, site in found if not getattr(linear, "reduced_elsewhere", False)]
     if book is not None and strict:
         book.check_sites(sites)
-    for linear in linears:
-        linear.recipes = book
+    for linear, kind, site in found:
+        linear.__class__, linear.site, linear.recipes = kind, site, book
     return sites
 
 
