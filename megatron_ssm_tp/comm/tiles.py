@@ -136,4 +136,7 @@ def _from_bits(codes, FORMAT: tl.constexpr):
         return bits.to(tl.float32, bitcast=True) * 2.0**120, _FP8_LIMIT
     else:
         bits = tl.join(codes & 0xF, codes >> 4).reshape(codes.shape[0], codes.shape[1] * 2)
-        return ((bits.to(tl.int32) ^ 8) - 8).to(tl.float32), _INT4_LIMIT
+        # As for int8. Where 8 is subtracted from an integer, LLVM packs two in a word, and ptxas (of CUDA 12.8) makes
+        # 0 of the constant of such an addition where one half is not used: codes would come out 8 too large.
+        shifted = (bits.to(tl.int32) ^ 8) | 0x4B000000
+        return shifted.to(tl.float32, bitcast=True) - 8388616.0, _INT4_LIMIT
