@@ -71,12 +71,15 @@ def test_the_fused_reduction_has_no_backward(world):
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
-def test_rows_much_shorter_than_their_tiles_are_fused_while_they_are_few(recipe):
-    def fits(rows: int, columns: int) -> bool:
-        return symmetric.fits(torch.empty(rows, 1, columns, device="meta"), recipe)
+def test_what_is_dearer_fused_is_fused_while_it_is_small(recipe):
+    def fits(rows: int, columns: int, residual: torch.dtype = torch.float32) -> bool:
+        return symmetric.fits(torch.empty(rows, 1, columns, device="meta"), residual, recipe)
 
-    assert fits(1562, 2560) and fits(1563, 2560) == (recipe.name == "bf16")  # a tile of 4096; 4 million values
-    assert fits(1 << 15, 4096) and fits(1 << 15, 3328)  # a tile of 1.23 times the row
+    quantizes = recipe.name != "bf16"
+    assert fits(1562, 2560) and fits(1563, 2560) != quantizes  # a tile of 4096; 4 million values
+    assert fits(1 << 15, 4096) == fits(1 << 15, 3328) == (recipe.name != "int4")  # a tile of 1.23 times the row
+    assert fits(976, 4096, torch.float64) and fits(977, 4096, torch.float64) != quantizes  # wider than x
+    assert fits(976, 4096) and fits(977, 4096) == (recipe.name != "int4")
     assert not fits(1, 2561) and not fits(1, 16384 + 128) and not fits(1, 0)
 
 

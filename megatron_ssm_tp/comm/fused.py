@@ -40,7 +40,7 @@ def all_reduce_add_norm(
     """
     _check(x, residual, weight)
     asked = is_quantized(x, group, recipe) and recipe.backend in ("auto", "symmetric")
-    if asked and symmetric.fits(x, recipe) and symmetric.supports(x, group, recipe)[0]:
+    if asked and symmetric.fits(x, residual.dtype, recipe) and symmetric.supports(x, group, recipe)[0]:
         return symmetric.all_reduce_add_norm(x, residual, weight, eps, group, recipe)
     return add_rms_norm(reduce_from_tensor_model_parallel_region(x, group, recipe), residual, weight, eps)
 

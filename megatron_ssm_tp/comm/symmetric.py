@@ -22,7 +22,7 @@ from .workspace import FLAGS, Workspace
 
 TIMEOUT_S = 600.0
 POLLS_A_SECOND = 1_000_000  # about
-MOST_PADDED_VALUES = 4_000_000  # of a quantized tensor whose rows are much shorter than their tiles: see fits()
+MOST_UNEVEN_VALUES = 4_000_000  # of a quantized tensor that is fused where it would not be if it were large: see fits()
 
 _workspaces: WeakKeyDictionary[dist.ProcessGroup, Workspace | str] = WeakKeyDictionary()  # a str: why there is none
 
@@ -96,19 +96,22 @@ def all_reduce_add_norm(
     return _kernels().reduce_add_norm(_workspace(group), x, residual, weight, eps, recipe, launch)
 
 
-def fits(x: torch.Tensor, recipe: AllReduceRecipe) -> bool:
-    """Whether all_reduce_add_norm can take x, and is worth it.
+def fits(x: torch.Tensor, residual: torch.dtype, recipe: AllReduceRecipe) -> bool:
+    """Whether all_reduce_add_norm can take x and a residual stream of that dtype, and is worth it.
 
-    It can where rows are whole blocks, few enough for one program to hold. A program takes a row in a tile of the next
-    power of two: where that is much more, quantizing what is not there costs, in large tensors, more than a second
-    kernel for addition and norm. On 2 x H100, int8, rows of 2560, us fused, and of the sum alone: 8192 tokens 200 and
-    97, 32768 tokens 782 and 338; of 4096: 8192 tokens 215 and 136. Bf16 quantizes nothing.
+    It can where rows are whole blocks, few enough for one program to hold. In large tensors a second kernel for
+    addition and norm costs less than quantizing what is not there, where a program takes a row in a tile (the next
+    power of two) that is much longer; than what a residual wider than x does to the registers; and than decoding whole
+    rows of int4. On 2 x H100, us fused, and apart: int8, rows of 2560, 8192 tokens 200 and 97 for the sum alone; rows of
+    4096, 8192 tokens 218 and 231, of a float32 residual 378 and 276; int4 300 and 226. Bf16 quantizes nothing: 209 and
+    289, of a float32 residual 262 and 335.
     """
     length = x.shape[-1]
     if length % recipe.block_size or not 0 < length <= 16384:
         return False
     tile = 1 << (length - 1).bit_length()
-    return recipe.name == "bf16" or tile <= 1.25 * length or x.numel() <= MOST_PADDED_VALUES
+    lean = tile <= 1.25 * length and residual == x.dtype and recipe.name != "int4"
+    return recipe.name == "bf16" or lean or x.numel() <= MOST_UNEVEN_VALUES
 
 
 def _workspace(group: dist.ProcessGroup) -> Workspace:
