@@ -99,10 +99,10 @@ def _read_recipes(args: argparse.Namespace) -> "RecipeBook | None":
     from ..comm.recipes import recipe_by_name
 
     name, file, least = args.tp_allreduce_recipe, args.tp_allreduce_cfg, args.tp_allreduce_min_bytes
-    if least is not None and name is None:
+    if least is not None and name in (None, "none"):
         raise UserError("tp_allreduce_min_bytes", least, "is of no recipe", "beside --tp-allreduce-recipe")
     if file is not None and name is not None:
-        raise UserError("tp_allreduce_recipe", name, "beside tp_allreduce_cfg", "one of the two")
+        raise UserError("tp_allreduce_recipe", name, "stands beside --tp-allreduce-cfg", "one of the two")
     if file is not None:
         return RecipeBook.from_yaml_file(file)
     recipe = None if name is None else recipe_by_name(name)
