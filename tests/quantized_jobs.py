@@ -168,7 +168,11 @@ def error_of_set_recipes(path: Path, book: RecipeBook, strict: bool = True) -> s
     return ""
 
 
-def error_of_loading(path: Path, book: RecipeBook) -> str:
+def backends_checked(book: RecipeBook) -> None:
+    book.check_backends(groups().tp, torch.device("cpu"))
+
+
+def error_of_loading(path: Path, book: RecipeBook | AllReduceRecipe) -> str:
     """That of LLM.from_pretrained, which reads no weights before it."""
     with mock.patch("megatron_ssm_tp.inference.llm.load_parameters", side_effect=AssertionError("weights are read")):
         try:

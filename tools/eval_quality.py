@@ -66,6 +66,8 @@ def row(name: str, scores: tuple[Score, Score | None], wire: float, plain_wire: 
 def run(args: argparse.Namespace) -> None:
     setting = open_setting(args)
     books = agree(lambda: books_of(args), setting.groups.tp)
+    for book in filter(None, books.values()):
+        book.check_backends(setting.groups.tp, setting.device)
     model = setting.model(args.dtype)
     exact = setting.model("float32") if args.dtype != "float32" else None
     sites = sites_of(model, setting.text.windows[:1, :-1])

@@ -30,9 +30,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn
 
+import torch
+import torch.distributed as dist
 from megatron.core.quantization.quant_config import GlobMatcher, MatchContext, RecipeConfig
 
 from ..errors import UserError
+from .backends import check_named
 from .recipe_file import in_file, parts_of, read_yaml
 from .recipes import AllReduceRecipe
 
@@ -116,6 +119,23 @@ class RecipeBook:
         error = UserError(f"matchers.{matcher}.pattern", self._patterns[matcher], problem, legal)
         raise error if self._file is None else in_file(self._file, error)
 
+    def check_backends(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        """Find out whether the backends that recipes in use name can reduce over `group`: see backends.check_named.
+
+        Raises:
+            UserError: one cannot; the same on every rank.
+        """
+        for key in dict.fromkeys(matcher.config_key for matcher in self._rules.matchers):
+            recipe = self._recipes[key]
+            try:
+                if recipe is not None:
+                    check_named(recipe, group, device)
+            except UserError as error:
+                if not self._patterns:
+                    raise
+                error = UserError(f"configs.{key}.{error.field}", error.value, error.problem, error.legal)
+                raise (error if self._file is None else in_file(self._file, error)) from None
+
     def recipe_for(self, site: str) -> AllReduceRecipe | None:
         """The recipe of the reduction whose module is named `site`; None: Megatron's own all-reduce."""
         if site not in self._found:
@@ -125,17 +145,17 @@ class RecipeBook:
         return self._found[site]
 
 
-def as_book(recipe: AllReduceRecipe | RecipeBook | None) -> RecipeBook | None:
+def as_book(recipe: AllReduceRecipe | RecipeBook | None, field: str = "recipe") -> RecipeBook | None:
     """One recipe as a book of it everywhere but at x_proj.
 
     Raises:
-        UserError: something else.
+        UserError: something else; `field` is what the caller calls it.
     """
     if isinstance(recipe, AllReduceRecipe):
         return RecipeBook.everywhere(recipe)
     if recipe is None or isinstance(recipe, RecipeBook):
         return recipe
-    raise UserError("recipe", recipe, "no recipe", "an AllReduceRecipe such as Int8BlockScaling(), a RecipeBook, None")
+    raise UserError(field, recipe, "no recipe", "an AllReduceRecipe such as Int8BlockScaling(), a RecipeBook, None")
 
 
 def _is_x_proj(site: str) -> bool:
