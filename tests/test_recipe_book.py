@@ -1,5 +1,8 @@
 """The book of recipes by site, and its file: no ranks needed."""
 
+import re
+from pathlib import Path
+
 import pytest
 import yaml
 from megatron.core.quantization.quant_config import GlobMatcher
@@ -270,3 +273,12 @@ def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(UserError) as error:
         RecipeBook.from_yaml_file(tmp_path / "none.yaml")
     one_line(error, "none.yaml", "cannot be read")
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/recipes.md"])
+def test_the_documents_examples_are_files(document):
+    [text] = re.findall(r"```yaml\n(.*?)```", (Path(__file__).parent.parent / document).read_text(), re.DOTALL)
+    book = book_of(text)
+    book.check_sites(SITES)
+    assert book.recipe_for("decoder.layers.0.mixer.out_proj") == Bf16()
+    assert book.recipe_for(OUT) == Int8BlockScaling(block_size=64, min_bytes=65536)

@@ -38,7 +38,9 @@ BYTES = ["bytes a token", "of plain %"]
 def read_args(argv: list[str] | None = None) -> argparse.Namespace:
     made = parser(__doc__, "--text")
     made.add_argument("--recipes", nargs="*", default=list(RECIPE_NAMES), metavar="NAME", help=", ".join(RECIPE_NAMES))
-    made.add_argument("--tp-allreduce-cfg", nargs="*", default=[], metavar="FILE", help="YAML of recipes by site")
+    made.add_argument(
+        "--tp-allreduce-cfg", nargs="*", default=[], metavar="FILE", help="YAML of recipes by site (docs/recipes.md)"
+    )
     made.add_argument("--json", metavar="FILE", help="write the numbers there as well")
     return made.parse_args(argv)
 

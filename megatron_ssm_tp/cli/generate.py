@@ -64,7 +64,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         metavar="N",
         help="with a recipe: smaller tensors are left to Megatron",
     )
-    parser.add_argument("--tp-allreduce-cfg", metavar="FILE", help="YAML that names a recipe for each site instead")
+    parser.add_argument(
+        "--tp-allreduce-cfg",
+        metavar="FILE",
+        help="YAML that names a recipe for each site instead, by globs on module names: grammar in docs/recipes.md",
+    )
     parser.add_argument(
         "--json", nargs="?", const=STDOUT, metavar="FILE", help="a JSON report: instead of text, or into FILE beside it"
     )
