@@ -78,11 +78,13 @@ def test_torchrun_generates_what_one_process_generates(tmp_path):
 
 
 def test_text_comes_in_the_order_of_the_prompts():
-    answer = run("generate", "--load", MAMBA, "--prompt", "And God said", "--prompt", "Noah", "--max-new-tokens", 30)
+    prompts = ["--prompt", "And God said", "--prompt", "Noah"]
+    answer = run("generate", "--load", MAMBA, *prompts, "--max-new-tokens", 30, "--tp-allreduce-recipe", "int8")
     first, second, speed = answer.stdout.split("\n\n")
     assert first.startswith("And God said") and second.startswith("Noah")
     assert "60 tokens in" in speed and "tokens/s; time to first token" in speed
     assert answer.returncode == 0
+    assert "note: one rank: nothing is reduced, and recipes change nothing\n" in answer.stderr
 
 
 def test_sampling_options_and_seed():
@@ -301,11 +303,15 @@ def test_generate_with_quantized_reductions(tmp_path):
     common = ["--load", MAMBA, "--prompt", "And God said", "--max-new-tokens", 12, "--dtype", "float32", "--json"]
     file = tmp_path / "recipes.yaml"
     file.write_text("matchers:\n  all: {type: glob, pattern: '*', config: none, enabled: true}\n")
-    tokens = []
+    tokens, in_force = [], []
     for more in ([], ["--tp-allreduce-recipe", "int8"], ["--tp-allreduce-cfg", file]):
         first, _ = [process.communicate(timeout=100)[0] for process in start_ranks(2, "generate", *common, *more)]
-        tokens.append(json.loads(first)["outputs"][0]["token_ids"])
+        report = json.loads(first)
+        tokens.append(report["outputs"][0]["token_ids"])
+        in_force.append(report["tp_allreduce"])
     assert tokens[2] == tokens[0] and len(tokens[1]) == 12
+    off = {"recipe": None, "cfg": None, "min_bytes": None, "sites": {"none": 12}}
+    assert in_force == [off, off | {"recipe": "int8", "sites": {"none": 6, "int8": 6}}, off | {"cfg": str(file)}]
 
 
 NO_MATCHER = "matchers: {m: {type: glob, pattern: '*', config: int8}}"
