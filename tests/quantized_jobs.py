@@ -136,7 +136,7 @@ def experts_linear() -> tuple[list[str], bool]:
     )
     x = torch.randn(3, 1, 32 // groups().tp.size())
     before = linear(x)[0]
-    sites = set_recipes(torch.nn.ModuleDict({"linear": linear}), Int8BlockScaling())
+    sites = set_recipes(torch.nn.ModuleDict({"linear": linear}), Int8BlockScaling(), strict=False)
     return sites, torch.equal(before, linear(x)[0])
 
 
