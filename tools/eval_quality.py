@@ -27,6 +27,7 @@ from quality import (
 from megatron_ssm_tp.cli.console import guarded, is_speaker, say
 from megatron_ssm_tp.comm.recipe_book import RecipeBook
 from megatron_ssm_tp.comm.recipes import RECIPE_NAMES, recipe_by_name
+from megatron_ssm_tp.errors import renamed
 from megatron_ssm_tp.ranks import agree
 
 PLAIN = "none"
@@ -50,7 +51,8 @@ def books_of(args: argparse.Namespace) -> Books:
     check_writable("--json", args.json)
     books: dict[str, RecipeBook | None] = {PLAIN: None}
     for name in args.recipes:
-        recipe = recipe_by_name(name, **({} if name == PLAIN else {"block_size": args.block_size}))
+        with renamed(lambda field: "--block-size" if field == "block_size" else "--recipes"):
+            recipe = recipe_by_name(name, **({} if name == PLAIN else {"block_size": args.block_size}))
         if recipe is not None:
             books[name if name == "bf16" else f"{name}, block {args.block_size}"] = RecipeBook.everywhere(recipe)
     return books | {Path(file).name: RecipeBook.from_yaml_file(file) for file in args.tp_allreduce_cfg}
