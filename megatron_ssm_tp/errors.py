@@ -1,5 +1,8 @@
 """Errors a user can cause or meet, each one line."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 
 class UserError(ValueError):
     """Something the caller gave is wrong: names the field, the value, and what would be legal.
@@ -15,6 +18,18 @@ class UserError(ValueError):
 
     def __reduce__(self):  # so that one rank can send it to the others
         return type(self), (self.field, _Shown(_short(self.value)), self.problem, self.legal)
+
+
+@contextmanager
+def renamed(field: str | Callable[[str], str]) -> Iterator[None]:
+    """Within, a UserError is of `field`, by what its caller calls the thing; a function makes it of the name it had."""
+    try:
+        yield
+    except UserError as error:
+        name = field if isinstance(field, str) else field(error.field)
+        found = UserError(name, error.value, error.problem, error.legal)
+        found.of_one_rank = error.of_one_rank
+        raise found from None
 
 
 class _Shown(str):

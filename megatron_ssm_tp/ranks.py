@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from collections.abc import Callable, Iterator
 
 import torch.distributed as dist
@@ -70,6 +71,7 @@ def _of_a_collective(error: RuntimeError) -> bool:
 
 
 def lost(reason: str) -> str:
-    """The line that a rank says which has lost another."""
+    """The line that a rank says which has lost another; gloo's reasons begin with a place in its source."""
+    reason = re.sub(r"^\[[^\]]*\.(cc|h):\d+\] ", "", reason)
     rank = dist.get_rank() if dist.is_initialized() else os.environ.get("RANK", 0)
     return f"rank {rank}: another rank ended or cannot be reached ({reason})"

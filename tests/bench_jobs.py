@@ -12,9 +12,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 import bench_allreduce as bench
 import bench_ways
 import soak_allreduce
+import tune_allreduce
 from soak_calls import Choices
 
 from megatron_ssm_tp.comm import backends
+from megatron_ssm_tp.errors import UserError
 
 CPU = torch.device("cpu")
 
@@ -88,3 +90,13 @@ def measured(failing_rank: int | None) -> list[bench.Cell]:
 
     way, cell = bench_ways.Way("a way", run), bench.Cell("sum", 3, 2, "a way", False)
     return bench.measure(way, (torch.ones(2, 3),), cell, CPU, graphs=False)
+
+
+def error_of(tool: str, arguments: list[str]) -> str:
+    """What a tool raises that cannot do what it is asked."""
+    module = {"tune_allreduce": tune_allreduce, "soak_allreduce": soak_allreduce}[tool]
+    try:
+        module.run(module.read_args(arguments))
+    except UserError as error:
+        return str(error)
+    return ""

@@ -12,7 +12,7 @@ from random import Random
 
 import bench_jobs as jobs
 import pytest
-from bench_jobs import bench, soak_allreduce
+from bench_jobs import bench, soak_allreduce, tune_allreduce
 from soak_calls import Choices
 
 from megatron_ssm_tp import UserError
@@ -75,16 +75,28 @@ def test_bench_on_two_ranks(tmp_path):
         (bench, ["--ways", "tcp"], "--ways='tcp': unknown; legal: nccl, symm_mem, collective, symmetric, fused"),
         (bench, ["--tokens", "0"], "--tokens=0: is too few; legal: integers from 1"),
         (bench, ["--hidden", "4"], "--hidden=4: is too few"),
-        (bench, ["--block-size", "3"], "block_size=3"),
+        (bench, ["--block-size", "3"], "--block-size=3: no size of a block; legal: 16, 32"),
         (bench, ["--json", "/nowhere/x"], "--json='/nowhere/x': cannot be written"),
+        (tune_allreduce, ["--recipes", "int9"], "--recipes='int9': unknown format; legal: bf16, int8, fp8, int4"),
+        (tune_allreduce, ["--hidden", "-3"], "--hidden=-3: no row of whole blocks that a program can hold; legal: mul"),
+        (tune_allreduce, ["--tokens", "1", "0"], "--tokens=0: is too few; legal: integers from 1"),
+        (tune_allreduce, ["--table", "/nowhere/x"], "--table='/nowhere/x': cannot be written"),
         (soak_allreduce, ["--minutes", "0"], "--minutes=0.0: leaves nothing to do"),
         (soak_allreduce, ["--kill-after", "-1"], "--kill-after=-1.0"),
-        (soak_allreduce, ["--backends", "tcp"], "backend='tcp': unknown"),
+        (soak_allreduce, ["--backends", "tcp"], "--backends='tcp': unknown; legal: auto, symmetric, collective"),
+        (soak_allreduce, ["--block-sizes", "100"], "--block-sizes=100: no size of a block; legal: 16, 32"),
     ],
 )
 def test_mistakes_in_options(module, arguments, message):
     with pytest.raises(UserError, match=re.escape(message)):
         module.check(module.read_args(arguments))
+
+
+def test_what_needs_gpus_says_so_on_all_ranks_before_any_work(world):
+    needs = "needs GPUs; legal: GPUs of one node with peer access: only they are tuned"
+    assert world(2).run(jobs.error_of, "tune_allreduce", []) == 2 * [f"backend='symmetric': {needs}"]
+    error = "--backends='symmetric': needs GPUs; legal: auto, collective"
+    assert world(2).run(jobs.error_of, "soak_allreduce", ["--backends", "symmetric"]) == 2 * [error]
 
 
 def test_a_way_that_fails_on_one_rank_is_a_note_on_all(world):
@@ -157,5 +169,6 @@ def test_when_the_last_rank_is_killed_the_other_says_so():
     (status, _, error), (killed, _, _) = _without_launcher(tool, "--kill-after", "1", "--timeout-s", "20")
     assert (status, killed) == (1, -9) and time.monotonic() - began < 40
     [line] = [line for line in error.splitlines() if line.startswith("error:")]
-    found = re.match(r"error: rank 0, (\d+\.\d) s after the kill: rank 0: another rank ended or cannot", line)
+    said = r"error: rank 0: another rank ended or cannot be reached \([^/]*\), (\d+\.\d) s after the kill"
+    found = re.fullmatch(said, line)
     assert found and float(found[1]) < 20

@@ -1,5 +1,6 @@
 """The command line as its users meet it: whole processes, one a rank."""
 
+import argparse
 import json
 import os
 import shutil
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
+
+from megatron_ssm_tp.cli import console, generate
 
 CHECKPOINTS = Path(__file__).parent.parent / "examples" / "checkpoints"
 MAMBA, FALCON = CHECKPOINTS / "mamba-kjv-2.7m", CHECKPOINTS / "falcon-mamba-kjv-2.7m"
@@ -75,11 +78,13 @@ def test_torchrun_generates_what_one_process_generates(tmp_path):
 
 
 def test_text_comes_in_the_order_of_the_prompts():
-    answer = run("generate", "--load", MAMBA, "--prompt", "And God said", "--prompt", "Noah", "--max-new-tokens", 30)
+    prompts = ["--prompt", "And God said", "--prompt", "Noah"]
+    answer = run("generate", "--load", MAMBA, *prompts, "--max-new-tokens", 30, "--tp-allreduce-recipe", "int8")
     first, second, speed = answer.stdout.split("\n\n")
     assert first.startswith("And God said") and second.startswith("Noah")
     assert "60 tokens in" in speed and "tokens/s; time to first token" in speed
     assert answer.returncode == 0
+    assert "note: one rank: nothing is reduced, and recipes change nothing\n" in answer.stderr
 
 
 def test_sampling_options_and_seed():
@@ -298,11 +303,18 @@ def test_generate_with_quantized_reductions(tmp_path):
     common = ["--load", MAMBA, "--prompt", "And God said", "--max-new-tokens", 12, "--dtype", "float32", "--json"]
     file = tmp_path / "recipes.yaml"
     file.write_text("matchers:\n  all: {type: glob, pattern: '*', config: none, enabled: true}\n")
-    tokens = []
+    tokens, in_force = [], []
     for more in ([], ["--tp-allreduce-recipe", "int8"], ["--tp-allreduce-cfg", file]):
         first, _ = [process.communicate(timeout=100)[0] for process in start_ranks(2, "generate", *common, *more)]
-        tokens.append(json.loads(first)["outputs"][0]["token_ids"])
+        report = json.loads(first)
+        tokens.append(report["outputs"][0]["token_ids"])
+        in_force.append(report["tp_allreduce"])
     assert tokens[2] == tokens[0] and len(tokens[1]) == 12
+    off = {"recipe": None, "cfg": None, "min_bytes": None, "sites": {"none": 12}}
+    assert in_force == [off, off | {"recipe": "int8", "sites": {"none": 6, "int8": 6}}, off | {"cfg": str(file)}]
+
+
+NO_MATCHER = "matchers: {m: {type: glob, pattern: '*', config: int8}}"
 
 
 @pytest.mark.parametrize(
@@ -310,16 +322,35 @@ def test_generate_with_quantized_reductions(tmp_path):
     [
         (["--tp-allreduce-recipe", "int7"], "--tp-allreduce-recipe='int7': unknown format; legal: none, bf16, int8"),
         (["--tp-allreduce-cfg", "/nowhere.yaml"], "--tp-allreduce-cfg='/nowhere.yaml': cannot be read"),
-        (["--tp-allreduce-recipe", "int8", "--tp-allreduce-min-bytes", -1], "--tp-allreduce-min-bytes=-1: no count of"),
+        (["--tp-allreduce-cfg", "off.yaml"], "--tp-allreduce-cfg='off.yaml': matchers=['m']: none of them is enabled"),
+        (
+            ["--tp-allreduce-recipe", "none", "--tp-allreduce-min-bytes", "9"],
+            "--tp-allreduce-min-bytes=9: is of no rec",
+        ),
+        (
+            ["--tp-allreduce-min-bytes", "9"],
+            "--tp-allreduce-min-bytes=9: is of no recipe; legal: beside --tp-allreduce",
+        ),
+        (["--tp-allreduce-recipe", "int8", "--tp-allreduce-min-bytes=-1"], "--tp-allreduce-min-bytes=-1: no count of"),
         (
             ["--tp-allreduce-recipe", "int8", "--tp-allreduce-cfg", "x"],
-            "--tp-allreduce-recipe='int8': beside",
+            "--tp-allreduce-recipe='int8': stands beside --tp-allreduce-cfg; legal: one of the two",
         ),
     ],
 )
-def test_wrong_recipes_are_one_line(options, message):
-    answer = run("generate", "--load", MAMBA, "--prompt", "x", *options)
-    assert answer.returncode == 2 and message in answer.stderr and len(answer.stderr.splitlines()) == 1
+def test_wrong_recipes_are_one_line(monkeypatch, capsys, tmp_path, options, message):
+    """Without a process of its own: those take seconds to start."""
+    (tmp_path / "off.yaml").write_text(NO_MATCHER)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(console, "leave", sys.exit)
+    parser = argparse.ArgumentParser()
+    generate.add_parser(parser.add_subparsers())
+    args = parser.parse_args(["generate", "--load", ".", *options])
+    with pytest.raises(SystemExit) as end:
+        console.guarded(lambda: generate._read_recipes(args))
+    said = capsys.readouterr()
+    assert end.value.code == 2 and not said.out and len(said.err.splitlines()) == 1
+    assert said.err.startswith(f"error: {message}")
 
 
 def test_a_recipe_file_for_another_model_is_one_line_from_rank_0(tmp_path):
@@ -334,4 +365,4 @@ def test_a_recipe_file_for_another_model_is_one_line_from_rank_0(tmp_path):
     said = (
         "matchers.last.pattern='*.layers.63.*': fits no row-parallel linear of this model; legal: a glob for some of "
     )
-    assert line.startswith(f"error: {file}: {said}{sites};") and answers[1][1] == ""
+    assert line.startswith(f"error: --tp-allreduce-cfg={str(file)!r}: {said}{sites};") and answers[1][1] == ""

@@ -130,11 +130,45 @@ def test_threads_and_tasks_do_not_see_each_others_autocast():
     assert asyncio.run(both()) == [FP8, INT4]
 
 
-@pytest.mark.parametrize("arguments, field", [({"recipe": "int8"}, "recipe='int8'"), ({"group": -100}, "group=-100")])
+@pytest.mark.parametrize(
+    "arguments, field",
+    [
+        ({"recipe": "int8"}, "recipe='int8': no recipe; legal: an AllReduceRecipe such as Int8BlockScaling(), a Rec"),
+        ({"group": -100}, "group=-100"),
+        ({"enabled": 3}, "enabled=3: no yes or no; legal: True, False"),
+    ],
+)
 def test_autocast_refuses_what_is_none(arguments, field):
     with pytest.raises(UserError) as error, allreduce_autocast(**arguments):
         pass
     one_line(error, field)
+
+
+@pytest.mark.parametrize(
+    "model, recipes, line",
+    [
+        ("x", INT8, "model='x': no model; legal: a torch.nn.Module"),
+        (
+            torch.nn.Linear(2, 2),
+            INT8,
+            "model='Linear': has no row-parallel linear that could follow recipes; legal: a M",
+        ),
+        (
+            torch.nn.Linear(2, 2),
+            "int8",
+            "recipes='int8': no recipe; legal: an AllReduceRecipe such as Int8BlockScaling",
+        ),
+    ],
+)
+def test_set_recipes_refuses_what_is_none(model, recipes, line):
+    with pytest.raises(UserError) as error:
+        megatron_ssm_tp.set_recipes(model, recipes)
+    assert str(error.value).startswith(line) and "\n" not in str(error.value)
+
+
+def test_without_sites_none_is_legal_and_a_stage_may_be_told():
+    linear = torch.nn.Linear(2, 2)
+    assert megatron_ssm_tp.set_recipes(linear, None) == megatron_ssm_tp.set_recipes(linear, INT8, strict=False) == []
 
 
 def test_what_users_name_is_imported_from_the_package():

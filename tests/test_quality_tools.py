@@ -131,7 +131,8 @@ def test_mistakes_in_options(monkeypatch, tmp_path):
         ([*given, "0"], "--budget=0.0: no budget"),
         ([*given, "nan"], "--budget=nan: no budget"),
         ([*given, "1", "--recipe", "none"], "--recipe='none': quantizes nothing"),
-        ([*given, "1", "--block-size", "3"], "block_size=3"),
+        ([*given, "1", "--recipe", "int5"], "^--recipe='int5': unknown format; legal: bf16, int8, fp8, int4"),
+        ([*given, "1", "--block-size", "3"], "^--block-size=3: no size of a block"),
         ([*given, "1", "--out", str(tmp_path / "no" / "x")], "cannot be written"),
     ):
         with pytest.raises(UserError, match=message):
@@ -139,8 +140,12 @@ def test_mistakes_in_options(monkeypatch, tmp_path):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="matplotlib is not installed"):
         calibrate.recipes_of(calibrate.read_args([*given, "1", "--plot", str(tmp_path / "x.png")]))
-    with pytest.raises(UserError, match="recipe='int7': unknown format"):
-        eval_quality.books_of(eval_quality.read_args(["--load", ".", "--text", "x", "--recipes", "int7"]))
+    for arguments, message in (
+        (["--recipes", "int8", "int7"], "^--recipes='int7': unknown format; legal: none, bf16"),
+        (["--block-size", "100"], "^--block-size=100: no size of a block"),
+    ):
+        with pytest.raises(UserError, match=message):
+            eval_quality.books_of(eval_quality.read_args(["--load", ".", "--text", "x", *arguments]))
 
 
 def _torchrun(tool: str, *args: object) -> subprocess.CompletedProcess:

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import quantized_jobs
 import torch
+import yaml
 from variants import VARIANTS
 
 from megatron_ssm_tp import Bf16, Float8BlockScaling, Int4BlockScaling, Int8BlockScaling, RecipeBook
@@ -214,6 +215,27 @@ def test_a_book_of_another_model_is_refused_alike_on_all_ranks(world, tiny, tp):
                 assert error.startswith(line) and short in error and "\n" not in error
         assert world(tp).run(quantized_jobs.error_of_set_recipes, path, book_of(pattern), False) == [""] * tp
     assert world(tp).run(quantized_jobs.error_of_set_recipes, path, book_of("*.down")) == [""] * tp
+
+
+def test_a_backend_that_cannot_reduce_is_refused_at_load(world, tiny, tmp_path):
+    """Not in the middle of the first answer; the field is what the user wrote."""
+    path, file = tiny("falcon_mamba").path, tmp_path / "recipes.yaml"
+    matcher = {"type": "glob", "pattern": "*", "config": "fast", "enabled": True}
+    config = {"configs": {"fast": {"recipe": "int8", "backend": "symmetric"}}, "matchers": {"all": matcher}}
+    file.write_text(yaml.safe_dump(config))
+    for recipes, field in (
+        (RecipeBook.from_yaml_file(file), f"tp_allreduce_cfg={str(file)!r}: configs.fast.backend"),
+        (RecipeBook.from_config_dict(config), "tp_allreduce.configs.fast.backend"),
+        (Int8BlockScaling(backend="symmetric"), "tp_allreduce.backend"),
+        ("int8", None),
+    ):
+        line = f"{field}='symmetric': needs GPUs; legal: auto, collective"
+        if field is None:
+            legal = "an AllReduceRecipe such as Int8BlockScaling(), a RecipeBook, None"
+            line = f"tp_allreduce='int8': no recipe; legal: {legal}"
+        assert world(2).run(quantized_jobs.error_of_loading, path, recipes) == 2 * [line]
+    unused = {"configs": config["configs"], "matchers": {"all": matcher | {"config": "int8"}}}
+    world(2).run(quantized_jobs.backends_checked, RecipeBook.from_config_dict(unused))
 
 
 def test_wrappers_are_no_part_of_a_sites_name(world):

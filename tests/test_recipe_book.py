@@ -1,5 +1,8 @@
 """The book of recipes by site, and its file: no ranks needed."""
 
+import re
+from pathlib import Path
+
 import pytest
 import yaml
 from megatron.core.quantization.quant_config import GlobMatcher
@@ -90,26 +93,65 @@ def test_a_recipe_survives_a_file(tmp_path):
         assert RecipeBook.from_yaml_file(path).recipe_for(OUT) == recipe
 
 
+ON = "matchers: {m: {type: glob, pattern: '*', config: int8, enabled: true}}"
+
+
 @pytest.mark.parametrize(
     "text, said",
     [
-        ("- 1", ("recipes.yaml: recipe file=[1]",)),
-        ("", ("recipe file=None",)),
-        ("matcher: {}", ("matcher", "configs, matchers")),
-        ("matchers: [1]", ("matchers",)),
-        ("configs: {a: {recipe: int3}}", ("configs.a.recipe='int3'", "none, bf16, int8, fp8, int4")),
-        ("configs: {a: {block_size: 64}}", ("configs.a.recipe=None", "int8")),
-        ("configs: {a: {recipe: int8, block_size: 3}}", ("configs.a.block_size=3", "128")),
-        ("configs: {a: {recipe: int8, blocksize: 3}}", ("blocksize", "block_size")),
-        ("configs: {a: int8}", ("configs.a='int8'", "mapping")),
-        ("matchers: {m: {pattern: '*', config: int8, enabled: true}}", ("matchers.m.type=None", "glob")),
-        ("matchers: {m: {type: regex, pattern: '*', config: int8}}", ("matchers.m.type='regex'", "glob")),
-        ("matchers: {m: {type: glob, config: int8}}", ("matchers.m.pattern=None",)),
-        ("matchers: {m: {type: glob, pattern: '*', config: int9}}", ("matchers.m.config='int9'", "int8")),
-        ("matchers: {m: {type: glob, pattern: '*', config: int8, enabled: 'on'}}", ("matchers.m.enabled='on'",)),
-        ("matchers: {m: {type: glob, glob: '*', config: int8}}", ("'glob'", "type, pattern, config, enabled")),
-        ("matchers: {m: [1]}", ("matchers.m",)),
-        ("a: {", ("is not YAML",)),
+        ("- 1", "recipe file=[1]: no mapping; legal: a mapping with configs, matchers"),
+        ("", "recipe file=None: no mapping; legal: "),
+        ("matcher: {}", "recipe file='matcher': unknown key; legal: configs, matchers"),
+        ("matchers: [1]", "matchers=[1]: no mapping; legal: "),
+        ("configs: {a: {recipe: int3}}", "configs.a.recipe='int3': unknown format; legal: none, bf16, int8, fp8, int4"),
+        ("configs: {a: {block_size: 64}}", "configs.a.recipe=None: is missing; legal: none, bf16, int8, fp8, int4"),
+        ("configs: {a: {recipe: int8, block_size: 3}}", "configs.a.block_size=3: no size of a block; legal: 16, 32"),
+        ("configs: {a: {recipe: int8, blocksize: 3}}", "configs.a='blocksize': unknown key; legal: recipe, block_size"),
+        ("configs: {a: int8}", "configs.a='int8': no mapping; legal: a mapping with recipe, block_size"),
+        ("matchers: {m: {pattern: '*', config: int8, enabled: true}}", "matchers.m.type=None: unknown kind of matcher"),
+        ("matchers: {m: {type: regex, pattern: '*', config: int8}}", "matchers.m.type='regex': unknown kind"),
+        ("matchers: {m: {type: glob, config: int8}}", "matchers.m.pattern=None: no pattern; legal: a glob on"),
+        (
+            "matchers: {m: {type: glob, pattern: '*', config: int9}}",
+            "matchers.m.config='int9': unknown config; legal: n",
+        ),
+        (
+            "matchers: {m: {type: glob, pattern: '*', config: int8, enabled: 'on'}}",
+            "matchers.m.enabled='on': no yes or",
+        ),
+        (
+            "matchers: {m: {type: glob, glob: '*', config: int8}}",
+            "matchers.m='glob': unknown key; legal: type, pattern",
+        ),
+        ("matchers: {m: [1]}", "matchers.m=[1]: no mapping"),
+        (
+            "a: {",
+            "is not YAML: expected the node content, but found '<stream end>' (line 1, column 5); legal: a YAML f",
+        ),
+        ("a: \x01", "is not YAML: special characters are not allowed; legal: a YAML file with configs and matchers"),
+        (
+            "matchers: {m: {type: glob, pattern: '*', config: int8}}",
+            "matchers=['m']: none of them is enabled: nothing wo",
+        ),
+        (
+            "configs: {a: {recipe: int8}}",
+            "matchers=None: there is none: nothing would be quantized; legal: matchers wi",
+        ),
+        (
+            "configs: {a: {recipe: int8}}\nmatchers: {}",
+            "matchers={}: there is none: nothing would be quantized; legal: m",
+        ),
+        (
+            "matchers: {}",
+            "matchers={}: there is none: nothing would be quantized; legal: matchers with `enabled: true`; or",
+        ),
+        ("configs:\nmatchers:\n", "matchers=None: there is none: nothing would be quantized; legal: matchers with"),
+        (f"{ON}\n{ON}", "gives matchers twice; legal: each key once"),
+        (
+            "configs: {a: {recipe: int8}, b: {recipe: int4}, a: {recipe: int4}}",
+            "gives configs.a twice; legal: each key",
+        ),
+        (ON.replace("pattern", "config: int4, pattern"), "gives matchers.m.config twice; legal: each key once"),
     ],
 )
 def test_a_wrong_file_is_said_in_one_line(tmp_path, text, said):
@@ -117,7 +159,25 @@ def test_a_wrong_file_is_said_in_one_line(tmp_path, text, said):
     path.write_text(text)
     with pytest.raises(UserError) as error:
         RecipeBook.from_yaml_file(path)
-    one_line(error, str(path), *said)
+    assert "\n" not in str(error.value)
+    assert str(error.value).startswith(f"tp_allreduce_cfg={str(path)!r}: {said}"), str(error.value)
+
+
+def test_a_file_of_nothing_says_so(tmp_path):
+    path = tmp_path / "recipes.yaml"
+    path.write_text("# nothing was within the budget\nconfigs: {}\nmatchers: {}\n")
+    book = RecipeBook.from_yaml_file(path)
+    book.check_sites(SITES)
+    assert {book.recipe_for(site) for site in SITES} == {None}
+
+
+def test_an_alias_in_a_file_is_no_key_given_twice(tmp_path):
+    path = tmp_path / "recipes.yaml"
+    path.write_text("configs: {a: &a {recipe: int8, block_size: 64}, b: {<<: *a, block_size: 32}}\n" + ON)
+    assert RecipeBook.from_yaml_file(path).recipe_for(OUT) == INT8
+    path.write_text("configs: &a {b: *a}")
+    with pytest.raises(UserError, match=r"configs\.b="):
+        RecipeBook.from_yaml_file(path)
 
 
 def test_a_dict_is_no_file():
@@ -147,19 +207,42 @@ SHORT = (
 def test_a_matcher_that_fits_no_site_is_said(tmp_path, pattern, said):
     path = tmp_path / "recipes.yaml"
     matcher = {"type": "glob", "pattern": pattern, "config": "int8"}
-    first = {"type": "glob", "pattern": "*", "config": "none", "enabled": True}  # that it never decides is no mistake
-    path.write_text(yaml.safe_dump({"matchers": {"all": first, "m": matcher | {"enabled": True}}}, sort_keys=False))
+    path.write_text(yaml.safe_dump({"matchers": {"m": matcher | {"enabled": True}}}))
     book = RecipeBook.from_yaml_file(path)
     if said is None:
         return book.check_sites(SITES)
     with pytest.raises(UserError) as error:
         book.check_sites(SITES)
-    one_line(
-        error, f"{path}: matchers.m.pattern={pattern!r}: {said}; legal: a glob for some of {SHORT}; or enabled: false"
-    )
-    RecipeBook.from_config_dict({"matchers": {"m": matcher}}).check_sites(SITES)  # not enabled
+    line = f"matchers.m.pattern={pattern!r}: {said}; legal: a glob for some of {SHORT}; or enabled: false"
+    assert str(error.value) == f"tp_allreduce_cfg={str(path)!r}: {line}"
+    on = matcher | {"enabled": True}
+    RecipeBook.from_config_dict({"matchers": {"m": matcher, "all": on | {"pattern": "*"}}}).check_sites(SITES)
     with pytest.raises(UserError, match=r"^matchers\.m\.pattern="):
-        RecipeBook.from_config_dict({"matchers": {"m": matcher | {"enabled": True}}}).check_sites(SITES)
+        RecipeBook.from_config_dict({"matchers": {"m": on}}).check_sites(SITES)
+
+
+@pytest.mark.parametrize(
+    "patterns, earlier",
+    [
+        (["*", "decoder.layers.3.*"], "m0"),
+        (["*.mixer.*", "*.mlp.*", "mtp.*", "*.layers.3.*"], "m0, m1"),
+        (["*", "*x_proj"], None),  # x_proj's are left to it
+        (["*.layers.3.*", "*"], None),
+        (["*x_proj*", "*.mixer.x_proj"], "m0"),
+        (["*", "*_proj*"], "m0"),  # which x_proj's do not follow
+    ],
+)
+def test_a_matcher_that_decides_nothing_is_said(patterns, earlier):
+    common = {"type": "glob", "config": "int8", "enabled": True}
+    matchers = {f"m{index}": common | {"pattern": pattern} for index, pattern in enumerate(patterns)}
+    book = RecipeBook.from_config_dict({"matchers": matchers})
+    if earlier is None:
+        return book.check_sites(SITES)
+    with pytest.raises(UserError) as error:
+        book.check_sites(SITES)
+    last = f"m{len(patterns) - 1}"
+    one_line(error, f"matchers.{last}.pattern={patterns[-1]!r}: decides nothing, for all that it fits is decided by m")
+    one_line(error, f"matchers before it: {earlier}; legal: a place before them, or narrower globs there; or enabled")
 
 
 def test_sites_of_many_kinds_are_cut_short_and_none_are_said():
@@ -190,3 +273,12 @@ def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(UserError) as error:
         RecipeBook.from_yaml_file(tmp_path / "none.yaml")
     one_line(error, "none.yaml", "cannot be read")
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/recipes.md"])
+def test_the_documents_examples_are_files(document):
+    [text] = re.findall(r"```yaml\n(.*?)```", (Path(__file__).parent.parent / document).read_text(), re.DOTALL)
+    book = book_of(text)
+    book.check_sites(SITES)
+    assert book.recipe_for("decoder.layers.0.mixer.out_proj") == Bf16()
+    assert book.recipe_for(OUT) == Int8BlockScaling(block_size=64, min_bytes=65536)

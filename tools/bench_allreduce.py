@@ -35,7 +35,7 @@ from measure import (
 
 from megatron_ssm_tp.cli.console import Parser, guarded, is_speaker, say
 from megatron_ssm_tp.comm.recipes import Bf16
-from megatron_ssm_tp.errors import UserError
+from megatron_ssm_tp.errors import UserError, renamed
 from megatron_ssm_tp.ranks import agree, lost_peers_reported
 
 TOKENS = (1, 8, 32, 128, 512, 2048, 8192, 32768)
@@ -81,7 +81,8 @@ def check(args: argparse.Namespace) -> None:
     for way in args.ways:
         if way not in KINDS:
             raise UserError("--ways", way, "unknown", ", ".join(KINDS))
-    Bf16(block_size=args.block_size)
+    with renamed("--block-size"):
+        Bf16(block_size=args.block_size)
     check_writable("--json", args.json)
     check_plot(args.plot)
 

@@ -36,6 +36,7 @@ from megatron_ssm_tp import UserError
 from megatron_ssm_tp.cli.console import guarded, is_speaker, say
 from megatron_ssm_tp.comm.recipe_book import X_PROJ, RecipeBook
 from megatron_ssm_tp.comm.recipes import RECIPE_NAMES, AllReduceRecipe, recipe_by_name
+from megatron_ssm_tp.errors import renamed
 from megatron_ssm_tp.layers.model import SSMModel
 from megatron_ssm_tp.ranks import agree
 
@@ -141,8 +142,10 @@ def recipes_of(args: argparse.Namespace) -> list[AllReduceRecipe]:
         raise UserError("--budget", args.budget, "no budget", "a number above 0, in nats a token")
     for name in args.recipe:
         if name == "none" or name not in RECIPE_NAMES:
-            raise UserError("--recipe", name, "quantizes nothing", ", ".join(RECIPE_NAMES[1:]))
-    return [recipe_by_name(name, block_size=args.block_size) for name in dict.fromkeys(args.recipe)]
+            problem = "quantizes nothing" if name == "none" else "unknown format"
+            raise UserError("--recipe", name, problem, ", ".join(RECIPE_NAMES[1:]))
+    with renamed("--block-size"):
+        return [recipe_by_name(name, block_size=args.block_size) for name in dict.fromkeys(args.recipe)]
 
 
 def run(args: argparse.Namespace) -> None:

@@ -27,6 +27,7 @@ from quality import (
 from megatron_ssm_tp.cli.console import guarded, is_speaker, say
 from megatron_ssm_tp.comm.recipe_book import RecipeBook
 from megatron_ssm_tp.comm.recipes import RECIPE_NAMES, recipe_by_name
+from megatron_ssm_tp.errors import renamed
 from megatron_ssm_tp.ranks import agree
 
 PLAIN = "none"
@@ -38,7 +39,9 @@ BYTES = ["bytes a token", "of plain %"]
 def read_args(argv: list[str] | None = None) -> argparse.Namespace:
     made = parser(__doc__, "--text")
     made.add_argument("--recipes", nargs="*", default=list(RECIPE_NAMES), metavar="NAME", help=", ".join(RECIPE_NAMES))
-    made.add_argument("--tp-allreduce-cfg", nargs="*", default=[], metavar="FILE", help="YAML of recipes by site")
+    made.add_argument(
+        "--tp-allreduce-cfg", nargs="*", default=[], metavar="FILE", help="YAML of recipes by site (docs/recipes.md)"
+    )
     made.add_argument("--json", metavar="FILE", help="write the numbers there as well")
     return made.parse_args(argv)
 
@@ -48,7 +51,8 @@ def books_of(args: argparse.Namespace) -> Books:
     check_writable("--json", args.json)
     books: dict[str, RecipeBook | None] = {PLAIN: None}
     for name in args.recipes:
-        recipe = recipe_by_name(name, **({} if name == PLAIN else {"block_size": args.block_size}))
+        with renamed(lambda field: "--block-size" if field == "block_size" else "--recipes"):
+            recipe = recipe_by_name(name, **({} if name == PLAIN else {"block_size": args.block_size}))
         if recipe is not None:
             books[name if name == "bf16" else f"{name}, block {args.block_size}"] = RecipeBook.everywhere(recipe)
     return books | {Path(file).name: RecipeBook.from_yaml_file(file) for file in args.tp_allreduce_cfg}
@@ -66,6 +70,8 @@ def row(name: str, scores: tuple[Score, Score | None], wire: float, plain_wire: 
 def run(args: argparse.Namespace) -> None:
     setting = open_setting(args)
     books = agree(lambda: books_of(args), setting.groups.tp)
+    for book in filter(None, books.values()):
+        book.check_backends(setting.groups.tp, setting.device)
     model = setting.model(args.dtype)
     exact = setting.model("float32") if args.dtype != "float32" else None
     sites = sites_of(model, setting.text.windows[:1, :-1])

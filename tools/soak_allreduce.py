@@ -17,77 +17,26 @@ import os
 import signal
 import sys
 import threading
-from collections import Counter
-from dataclasses import dataclass, field
 from random import Random
 from time import monotonic
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from measure import captured, conditions, in_words, markdown, prepare_symmetric, start
+from measure import captured, conditions, in_words, prepare_symmetric, start
 from soak_calls import Call, Choices, Prepared, checksum
+from soak_report import Record, Report
 
 from megatron_ssm_tp.cli.console import RUN_ERROR, Parser, guarded, leave, say
 from megatron_ssm_tp.comm.backends import BACKENDS
 from megatron_ssm_tp.comm.recipes import Bf16
-from megatron_ssm_tp.errors import UserError
+from megatron_ssm_tp.errors import PeerLostError, UserError, renamed
 from megatron_ssm_tp.ranks import agree, lost_peers_reported
 
 _GRAPHS = 8  # kept at a time
 _IN_A_ROW = 1 << 20  # most values of a call that is not alone in its batch
 _EXCHANGED = 128  # calls whose checksums travel at once
-_SHOWN = 10  # failures that are printed
 
 Group = tuple[tuple[int, ...], dist.ProcessGroup]
-
-
-class Record(NamedTuple):
-    """A call. `found` is this rank's, int64 [3]: whether it ran, a checksum, the bits of its error over its bound."""
-
-    call: Call
-    mode: str
-    number: int
-    found: torch.Tensor
-
-
-@dataclass
-class Report:
-    """Calls, the worst error over its bound, and refusals by kind; what failed."""
-
-    calls: Counter = field(default_factory=Counter)
-    refused: Counter = field(default_factory=Counter)
-    worst: dict = field(default_factory=dict)
-    failures: list[str] = field(default_factory=list)
-
-    def add(self, record: Record, ranks: tuple[int, ...], found: list[tuple[int, int, float]]) -> None:
-        """`found` of the ranks of the call's group."""
-        kind = (record.mode, *record.call.kind)
-        if not any(ran for ran, _, _ in found):
-            self.refused[kind] += 1
-            return
-        self.calls[kind] += 1
-        off = max(ratio for _, _, ratio in found)
-        self.worst[kind] = max(self.worst.get(kind, 0.0), off)
-        problem = "" if off <= 1 else f"is {off:.3g} times its bound off"
-        if len({(ran, bits) for ran, bits, _ in found}) > 1:
-            problem = f"differs between ranks {ranks}"
-        if problem:
-            self.failures.append(f"call {record.number}, {record.mode}: {problem}: {record.call}")
-
-    @property
-    def passed(self) -> bool:
-        return not self.failures and bool(self.calls)
-
-    def in_words(self) -> str:
-        header = ["mode", "backend", "call", "recipe", "calls", "worst error / bound", "refused"]
-        rows = [
-            [*kind, str(self.calls[kind]), f"{self.worst.get(kind, 0):.3f}", str(self.refused[kind] or "-")]
-            for kind in sorted(self.calls.keys() | self.refused.keys())
-        ]
-        lines = [markdown(header, rows), "", *(f"- {text}" for text in self.failures[:_SHOWN])]
-        total = f"{self.calls.total()} calls, {len(self.failures)} failures"
-        return "\n".join([*lines, f"{'PASS' if self.passed else 'FAIL'}: {total}"])
 
 
 class Batch:
@@ -240,13 +189,15 @@ def read_args(argv: list[str] | None = None) -> argparse.Namespace:
 def check(args: argparse.Namespace) -> None:
     """Raises UserError: an option's value."""
     for size in args.block_sizes:
-        Bf16(block_size=size)
+        with renamed("--block-sizes"):
+            Bf16(block_size=size)
     for option in ("minutes", "calls", "max_values", "timeout_s", "kill_after"):
         value = getattr(args, option)
         if value is not None and not value > 0:
             raise UserError(f"--{option.replace('_', '-')}", value, "leaves nothing to do", "numbers above 0")
     for name in args.backends or ():
-        Bf16(backend=name)
+        with renamed("--backends"):
+            Bf16(backend=name)
 
 
 def soak(args: argparse.Namespace, device: torch.device) -> Report:
@@ -254,6 +205,8 @@ def soak(args: argparse.Namespace, device: torch.device) -> Report:
     groups, rank = make_groups(), dist.get_rank()
     missing = prepare_symmetric([group for ranks, group in groups if rank in ranks], device, args.timeout_s)
     there = [name for name in BACKENDS if name != "symmetric" or not missing]
+    if missing and "symmetric" in (args.backends or ()):
+        raise UserError("--backends", "symmetric", missing, ", ".join(("auto", *there)))
     say(f"{in_words(conditions(device))}; seed {args.seed}, {len(groups)} groups")
     if missing:
         say(f"Without symmetric ({missing}).\n")
@@ -284,8 +237,9 @@ def run(args: argparse.Namespace) -> None:
         if killed is None:
             raise
         # CUDA's own errors among them: a kernel that gave its peer up ends in one
-        line, late = str(error).strip().splitlines()[0], monotonic() - killed
-        print(f"error: rank {dist.get_rank()}, {late:.1f} s after the kill: {line}", file=sys.stderr, flush=True)
+        said, late = str(error).strip().splitlines()[0], monotonic() - killed
+        line = said if isinstance(error, PeerLostError) else f"rank {dist.get_rank()}: {said}"
+        print(f"error: {line}, {late:.1f} s after the kill", file=sys.stderr, flush=True)
         leave(RUN_ERROR)
     say(report.in_words())
     dist.barrier()

@@ -6,8 +6,10 @@ import json
 import os
 import signal
 import statistics
+import sys
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -64,7 +66,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         metavar="N",
         help="with a recipe: smaller tensors are left to Megatron",
     )
-    parser.add_argument("--tp-allreduce-cfg", metavar="FILE", help="YAML that names a recipe for each site instead")
+    parser.add_argument(
+        "--tp-allreduce-cfg",
+        metavar="FILE",
+        help="YAML that names a recipe for each site instead, by globs on module names: grammar in docs/recipes.md",
+    )
     parser.add_argument(
         "--json", nargs="?", const=STDOUT, metavar="FILE", help="a JSON report: instead of text, or into FILE beside it"
     )
@@ -99,10 +105,10 @@ def _read_recipes(args: argparse.Namespace) -> "RecipeBook | None":
     from ..comm.recipes import recipe_by_name
 
     name, file, least = args.tp_allreduce_recipe, args.tp_allreduce_cfg, args.tp_allreduce_min_bytes
-    if least is not None and name is None:
+    if least is not None and name in (None, "none"):
         raise UserError("tp_allreduce_min_bytes", least, "is of no recipe", "beside --tp-allreduce-recipe")
     if file is not None and name is not None:
-        raise UserError("tp_allreduce_recipe", name, "beside tp_allreduce_cfg", "one of the two")
+        raise UserError("tp_allreduce_recipe", name, "stands beside --tp-allreduce-cfg", "one of the two")
     if file is not None:
         return RecipeBook.from_yaml_file(file)
     recipe = None if name is None else recipe_by_name(name)
@@ -130,6 +136,8 @@ def run(args: argparse.Namespace) -> None:
         num_tokens_to_generate=args.max_new_tokens,
     )
     recipes = agree(lambda: _read_recipes(args), groups.tp)
+    if recipes is not None and groups.tp.size() == 1:
+        print("note: one rank: nothing is reduced, and recipes change nothing", file=sys.stderr, flush=True)
     limits = CacheLimits(
         max_requests=args.max_requests,
         max_tokens=args.max_tokens,
@@ -195,6 +203,7 @@ def _report(args: argparse.Namespace, llm: "LLM", outputs: list["GenerationOutpu
         "load": args.load,
         "tensor_model_parallel_size": tp,
         "dtype": str(llm.model.config.params_dtype).removeprefix("torch."),
+        "tp_allreduce": _recipes_in_force(args, llm),
         "outputs": [asdict(output) for output in outputs],
         "tokens_per_second": tokens / seconds,
         "time_to_first_token": first,
@@ -203,6 +212,20 @@ def _report(args: argparse.Namespace, llm: "LLM", outputs: list["GenerationOutpu
         say(json.dumps(report))
     elif is_speaker():
         _write_whole(Path(args.json), json.dumps(report, indent=1))
+
+
+def _recipes_in_force(args: argparse.Namespace, llm: "LLM") -> dict[str, object]:
+    """As they were asked for, and how many sites each format reduces; none is Megatron's own all-reduce."""
+    from ..layers.row_parallel import RecipeRowParallelLinear, recipe_now
+
+    linears = [m for m in llm.model.modules() if isinstance(m, RecipeRowParallelLinear) and not m.reduced_elsewhere]
+    found = [recipe_now(linear) for linear in linears]
+    return {
+        "recipe": args.tp_allreduce_recipe,
+        "cfg": args.tp_allreduce_cfg,
+        "min_bytes": args.tp_allreduce_min_bytes,
+        "sites": dict(Counter("none" if recipe is None else recipe.name for recipe in found)),
+    }
 
 
 def _write_whole(path: Path, text: str) -> None:

@@ -45,8 +45,10 @@ def allreduce_autocast(
         group: only reductions over this process group; all groups if none is given.
 
     Raises:
-        UserError: `recipe` or `group` is something else.
+        UserError: an argument is something else.
     """
+    if not isinstance(enabled, bool):
+        raise UserError("enabled", enabled, "no yes or no", "True, False")
     recipe = as_book(Int8BlockScaling() if recipe is None else recipe)
     if group is not None and not isinstance(group, dist.ProcessGroup):
         raise UserError("group", group, "no process group of this rank", "a torch.distributed.ProcessGroup, None")

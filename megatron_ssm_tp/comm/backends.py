@@ -45,7 +45,29 @@ def choose(x: torch.Tensor, group: dist.ProcessGroup, recipe: AllReduceRecipe) -
                 warnings.warn(f"all-reduces are quantized by the backend {name!r}: {reason}", stacklevel=2)
             return BACKENDS[name]
         reason = refused
-    raise UserError("backend", recipe.backend, f"cannot reduce this: {reason}", f"auto, {', '.join(BACKENDS)}")
+    raise UserError("backend", recipe.backend, f"cannot reduce this: {reason}", _others(recipe))
+
+
+def check_named(recipe: AllReduceRecipe, group: dist.ProcessGroup, device: torch.device) -> None:
+    """Find out before the first reduction whether the backend that `recipe` names can reduce on `device`: a collective
+    call, in which "symmetric" allocates its buffers. Of "auto" there is nothing to find out.
+
+    Raises:
+        UserError: it cannot; the same on every rank.
+    """
+    if recipe.backend == "auto" or group.size() == 1:
+        return
+    ok, reason = False, "needs GPUs"
+    if recipe.backend != "symmetric" or device.type == "cuda":
+        x = torch.empty(0, dtype=torch.bfloat16, device=device)
+        ok, reason = BACKENDS[recipe.backend].supports(x, group, recipe)
+    if not ok:
+        raise UserError("backend", recipe.backend, reason, _others(recipe))
+
+
+def _others(recipe: AllReduceRecipe) -> str:
+    """The backends that a recipe could name instead."""
+    return ", ".join(name for name in ("auto", *BACKENDS) if name != recipe.backend)
 
 
 def all_reduce(

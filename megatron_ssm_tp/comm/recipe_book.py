@@ -10,30 +10,36 @@ are tried in order against the site's module name, such as decoder.layers.3.mixe
       others: {type: glob, pattern: "*", config: small, enabled: true}
 
 The formats' names (none, bf16, int8, fp8, int4) are configs without being listed. As in Megatron a matcher without
-`enabled: true` is passed over, and a site that none matches is not quantized. Two rules are ours:
+`enabled: true` is passed over, and a site that none matches is not quantized. Three rules are ours:
 
     - An x_proj feeds an exponential, so a matcher concerns it only if its pattern has the letters "x_proj" in it.
-    - A book that a model is given may have no enabled matcher that fits none of its sites. Megatron's passes over such
-      a matcher; a layer that is not there, or a misspelt name, would then look like a recipe that costs nothing. In a
-      file for several models, set `enabled: false` where a matcher is of another one's.
+    - A book that a model is given may have no enabled matcher that decides none of its sites: because it fits none, or
+      because earlier ones take all that it fits. Megatron's passes over such a matcher; a layer that is not there, a
+      misspelt name or a wrong order would then look like a recipe that costs nothing. In a file for several models,
+      set `enabled: false` where a matcher is of another one's.
+    - One matcher is enabled. A file of nothing says so: `configs: {}` and `matchers: {}`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NoReturn
 
+import torch
+import torch.distributed as dist
 from megatron.core.quantization.quant_config import GlobMatcher, MatchContext, RecipeConfig
 
 from ..errors import UserError
-from .recipes import FIELDS, RECIPE_NAMES, AllReduceRecipe, recipe_by_name
+from .backends import check_named
+from .recipe_file import in_file, parts_of, read_yaml
+from .recipes import AllReduceRecipe
 
 X_PROJ = "x_proj"
-_MATCHER_FIELDS = ("type", "pattern", "config", "enabled")
 
 
 class RecipeBook:
@@ -44,9 +50,9 @@ class RecipeBook:
         recipes: what the rules' config names stand for.
     """
 
-    # What `check_sites` holds a model to: the patterns of enabled matchers by field, and the file that they are in.
-    _patterns: Sequence[tuple[str, str]] = ()
-    _file = ""
+    # What `check_sites` holds a model to: the patterns of enabled matchers by name, and the file that they are in.
+    _patterns: Mapping[str, str] = MappingProxyType({})
+    _file: str | Path | None = None
 
     def __init__(self, rules: RecipeConfig, recipes: dict[str, AllReduceRecipe | None]) -> None:
         self._rules, self._recipes = rules, recipes
@@ -62,20 +68,12 @@ class RecipeBook:
     @classmethod
     def from_yaml_file(cls, path: str | Path) -> RecipeBook:
         """Raises UserError: no such file, not YAML, or not what `from_config_dict` takes; all name the file."""
-        import yaml
-
-        try:
-            config = yaml.safe_load(Path(path).read_text())
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError("tp_allreduce_cfg", str(path), f"cannot be read ({error})", "a YAML file") from None
-        except yaml.YAMLError as error:
-            problem = "is not YAML: " + " ".join(str(error).split())
-            raise UserError("tp_allreduce_cfg", str(path), problem, "a YAML file with configs and matchers") from None
+        config = read_yaml(path)
         try:
             book = cls.from_config_dict(config)
         except UserError as error:
-            raise UserError(f"{path}: {error.field}", error.value, error.problem, error.legal) from None
-        book._file = f"{path}: "
+            raise in_file(path, error) from None
+        book._file = path
         return book
 
     @classmethod
@@ -85,18 +83,9 @@ class RecipeBook:
         Raises:
             UserError: anything that Megatron's RecipeConfig would trip over later, or pass over.
         """
-        _keys("recipe file", config, ("configs", "matchers"))
-        own = {} if config.get("configs") is None else config["configs"]
-        matchers = {} if config.get("matchers") is None else config["matchers"]
-        _keys("configs", own, None)
-        _keys("matchers", matchers, None)
-        payloads = {name: {"recipe": name} for name in RECIPE_NAMES} | own
-        recipes = {name: _recipe(name, payload) for name, payload in payloads.items()}
-        for name, matcher in matchers.items():
-            _check_matcher(f"matchers.{name}", matcher, recipes)
+        payloads, recipes, matchers = parts_of(config)
         book = cls(RecipeConfig.from_config_dict({"configs": payloads, "matchers": matchers}), recipes)
-        enabled = {name: matcher for name, matcher in matchers.items() if matcher.get("enabled")}
-        book._patterns = [(f"matchers.{name}.pattern", matcher["pattern"]) for name, matcher in enabled.items()]
+        book._patterns = {name: matcher["pattern"] for name, matcher in matchers.items() if matcher.get("enabled")}
         return book
 
     def fingerprint(self) -> str:
@@ -105,21 +94,47 @@ class RecipeBook:
         return repr((matchers, sorted((str(name), repr(recipe)) for name, recipe in self._recipes.items())))
 
     def check_sites(self, sites: Iterable[str]) -> None:
-        """Hold the matchers of a file or a dict against all sites of a model; a matcher that is never asked because
-        others come first is none of this. Without communication: all ranks with the same sites raise the same.
+        """Hold the matchers of a file or a dict against all sites of a model. Without communication: all ranks with the
+        same sites raise the same.
 
         Raises:
-            UserError: an enabled matcher fits none of them.
+            UserError: an enabled matcher fits none of them, or none that earlier ones leave.
         """
         sites = list(sites)
-        for field, pattern in self._patterns:
-            fitting = [site for site in sites if fnmatch(site, pattern)]
-            if not any(X_PROJ in pattern or not _is_x_proj(site) for site in fitting):
-                name = (
-                    f"only {X_PROJ}, whose letters it must have" if fitting else "no row-parallel linear of this model"
-                )
-                legal = f"a glob for some of {_in_short(sites)}; or enabled: false"
-                raise UserError(self._file + field, pattern, f"fits {name}", legal)
+        taken: dict[str, str] = {}  # names of matchers by site
+        for name, pattern in self._patterns.items():
+            globbed = [site for site in sites if fnmatch(site, pattern)]
+            fitting = [site for site in globbed if X_PROJ in pattern or not _is_x_proj(site)]
+            if not fitting:
+                none = "no row-parallel linear of this model"
+                problem = f"fits {f'only {X_PROJ}, whose letters it must have' if globbed else none}"
+                self._refuse(name, problem, f"a glob for some of {_in_short(sites)}; or enabled: false")
+            if all(site in taken for site in fitting):
+                earlier = ", ".join(dict.fromkeys(str(taken[site]) for site in fitting))
+                problem = f"decides nothing, for all that it fits is decided by matchers before it: {earlier}"
+                self._refuse(name, problem, "a place before them, or narrower globs there; or enabled: false")
+            taken = dict.fromkeys(fitting, name) | taken
+
+    def _refuse(self, matcher: str, problem: str, legal: str) -> NoReturn:
+        error = UserError(f"matchers.{matcher}.pattern", self._patterns[matcher], problem, legal)
+        raise error if self._file is None else in_file(self._file, error)
+
+    def check_backends(self, group: dist.ProcessGroup, device: torch.device) -> None:
+        """Find out whether the backends that recipes in use name can reduce over `group`: see backends.check_named.
+
+        Raises:
+            UserError: one cannot; the same on every rank.
+        """
+        for key in dict.fromkeys(matcher.config_key for matcher in self._rules.matchers):
+            recipe = self._recipes[key]
+            try:
+                if recipe is not None:
+                    check_named(recipe, group, device)
+            except UserError as error:
+                if not self._patterns:
+                    raise
+                error = UserError(f"configs.{key}.{error.field}", error.value, error.problem, error.legal)
+                raise (error if self._file is None else in_file(self._file, error)) from None
 
     def recipe_for(self, site: str) -> AllReduceRecipe | None:
         """The recipe of the reduction whose module is named `site`; None: Megatron's own all-reduce."""
@@ -130,17 +145,17 @@ class RecipeBook:
         return self._found[site]
 
 
-def as_book(recipe: AllReduceRecipe | RecipeBook | None) -> RecipeBook | None:
+def as_book(recipe: AllReduceRecipe | RecipeBook | None, field: str = "recipe") -> RecipeBook | None:
     """One recipe as a book of it everywhere but at x_proj.
 
     Raises:
-        UserError: something else.
+        UserError: something else; `field` is what the caller calls it.
     """
     if isinstance(recipe, AllReduceRecipe):
         return RecipeBook.everywhere(recipe)
     if recipe is None or isinstance(recipe, RecipeBook):
         return recipe
-    raise UserError("recipe", recipe, "no recipe", "an AllReduceRecipe such as Int8BlockScaling(), a RecipeBook")
+    raise UserError(field, recipe, "no recipe", "an AllReduceRecipe such as Int8BlockScaling(), a RecipeBook, None")
 
 
 def _is_x_proj(site: str) -> bool:
@@ -159,37 +174,3 @@ def _in_short(sites: Sequence[str], most: int = 8) -> str:
         shown.append(number.sub(lambda _, ends=ends: "..".join(map(str, dict.fromkeys(next(ends)))), kind))
     more = f", and {len(shown) - most} more" if len(shown) > most else ""
     return ", ".join(shown[:most]) + more if shown else "the sites, of which there are none"
-
-
-def _recipe(name: str, payload: Any) -> AllReduceRecipe | None:
-    _keys(f"configs.{name}", payload, ("recipe", *FIELDS))
-    fields = dict(payload)
-    kind = fields.pop("recipe", None)
-    if not isinstance(kind, str):
-        raise UserError(f"configs.{name}.recipe", kind, "unknown format", ", ".join(RECIPE_NAMES))
-    try:
-        return recipe_by_name(kind, **fields)
-    except UserError as error:
-        raise UserError(f"configs.{name}.{error.field}", error.value, error.problem, error.legal) from None
-
-
-def _check_matcher(name: str, matcher: Any, recipes: dict[str, AllReduceRecipe | None]) -> None:
-    _keys(name, matcher, _MATCHER_FIELDS)
-    if matcher.get("type") != "glob":
-        raise UserError(f"{name}.type", matcher.get("type"), "unknown kind of matcher", "glob")
-    if not isinstance(matcher.get("pattern"), str):
-        raise UserError(f"{name}.pattern", matcher.get("pattern"), "no pattern", "a glob on module names")
-    config = matcher.get("config")
-    if not isinstance(config, str) or config not in recipes:
-        raise UserError(f"{name}.config", config, "unknown config", ", ".join(map(str, recipes)))
-    if not isinstance(matcher.get("enabled", False), bool):
-        raise UserError(f"{name}.enabled", matcher["enabled"], "no yes or no", "true, false")
-
-
-def _keys(name: str, found: Any, legal: tuple[str, ...] | None) -> None:
-    """A mapping; with these keys and no others, if any are given."""
-    if not isinstance(found, dict):
-        raise UserError(name, found, "no mapping", "a mapping" + (f" with {', '.join(legal)}" if legal else ""))
-    for key in found if legal else ():
-        if key not in legal:
-            raise UserError(name, key, "unknown key", ", ".join(legal))

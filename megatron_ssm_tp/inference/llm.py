@@ -12,10 +12,11 @@ from tqdm import tqdm
 
 from ..checkpoint.loader import ModelCheckpoint, load_parameters, open_model
 from ..comm.recipe_book import RecipeBook, as_book
+from ..comm.recipe_file import FILE
 from ..comm.recipes import AllReduceRecipe
 from ..compat.cpu import megatron_on_cpu
 from ..config import DTYPES
-from ..errors import UserError
+from ..errors import UserError, renamed
 from ..layers.model import SSMModel, build_model
 from ..layers.row_parallel import set_recipes
 from ..partition.layout import check_tp_size
@@ -119,12 +120,15 @@ class LLM:
             checkpoint = open_model(path)
             check_tp_size(checkpoint.config, tp)
             words = load_tokenizer(Path(tokenizer or path), checkpoint.config)
-            return checkpoint, _parse_dtype(dtype, checkpoint), words, as_book(tp_allreduce)
+            return checkpoint, _parse_dtype(dtype, checkpoint), words, as_book(tp_allreduce, "tp_allreduce")
 
         limits = limits if limits is not None else CacheLimits()
         with lost_peers_reported(), megatron_on_cpu():
             checkpoint, params_dtype, words, recipes = agree(read_headers, groups.tp)
             check_same("tp_allreduce", recipes.fingerprint() if recipes else "none", groups.tp)
+            if recipes is not None:
+                with renamed(lambda field: field if field == FILE else f"tp_allreduce.{field}"):
+                    recipes.check_backends(groups.tp, device)
             length = limits.max_sequence_length
             model = build_model(checkpoint.config, groups, params_dtype, device, length, seed, exact_norm)
             set_recipes(model, recipes)  # before the weights: a book for another model is refused at once

@@ -25,6 +25,7 @@ from ..comm import mappings
 from ..comm.autocast import recipe_of
 from ..comm.recipe_book import RecipeBook, as_book
 from ..comm.recipes import AllReduceRecipe
+from ..errors import UserError
 from .lean_linear import is_lean
 
 
@@ -127,10 +128,13 @@ def set_recipes(model: nn.Module, recipes: AllReduceRecipe | RecipeBook | None, 
             and check the sites of all of them, or some ranks raise what others do not.
 
     Raises:
-        UserError: `recipes` is something else, or `strict` and an enabled matcher fits no site; nothing is set then.
-            The same on all tensor-parallel ranks, whose sites are the same.
+        UserError: `model` or `recipes` is something else, or `strict` and a matcher decides no site, or there are
+            recipes and no site at all; nothing is set then. The same on all tensor-parallel ranks, whose sites are the
+            same.
     """
-    book, found = as_book(recipes), []
+    if not isinstance(model, nn.Module):
+        raise UserError("model", model, "no model", "a torch.nn.Module")
+    book, found = as_book(recipes, "recipes"), []
     for name, linear in model.named_modules():
         kind = _kind(linear)
         if kind is not None:
@@ -138,10 +142,17 @@ def set_recipes(model: nn.Module, recipes: AllReduceRecipe | RecipeBook | None, 
             found.append((linear, kind, built_as or re.sub(r"^(module\.)+", "", name)))
     sites = [site for linear, _, site in found if not getattr(linear, "reduced_elsewhere", False)]
     if book is not None and strict:
+        _check_that_there_are(sites, model)
         book.check_sites(sites)
     for linear, kind, site in found:
         linear.__class__, linear.site, linear.recipes = kind, site, book
     return sites
+
+
+def _check_that_there_are(sites: list[str], model: nn.Module) -> None:
+    if not sites:
+        legal = "a Megatron model, or one stage of it with strict=False"
+        raise UserError("model", type(model).__name__, "has no row-parallel linear that could follow recipes", legal)
 
 
 def _kind(linear: nn.Module) -> type[nn.Module] | None:
