@@ -28,6 +28,7 @@ def test_a_name_that_is_none_and_one_that_cannot_run_here():
 def test_with_cuda_it_is_triton_but_not_for_the_cpus_tensors(monkeypatch, op):
     pytest.importorskip("triton")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     assert choose.implementation("reference").name == "reference"
     found = choose.implementation()
     assert found.name == "triton" and pickle.loads(pickle.dumps(found)) is not None
@@ -38,7 +39,9 @@ def test_with_cuda_it_is_triton_but_not_for_the_cpus_tensors(monkeypatch, op):
     choose._by_tensors(kernel, truth, _OnGpu(), torch.zeros(1, requires_grad=True))
     with torch.no_grad():
         choose._by_tensors(kernel, truth, _OnGpu(), torch.zeros(1, requires_grad=True))
-    assert called == ["reference", "kernel", "reference", "kernel"]
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+        choose._by_tensors(kernel, truth, _OnGpu(), None)  # Triton would launch on the current GPU
+    assert called == ["reference", "kernel", "reference", "kernel", "reference"]
     assert getattr(found, op).args[1] is choose.TRUTHS[op] and choose.TRUTHS[op].__name__ == op
     assert getattr(found, op).args[0].__name__ == op
 
@@ -47,6 +50,7 @@ def test_with_cuda_it_is_triton_but_not_for_the_cpus_tensors(monkeypatch, op):
 def test_with_cuda_training_is_tritons(monkeypatch, op):
     pytest.importorskip("triton")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     found = getattr(choose.implementation(), op)
     assert found.func is choose._by_device and found.args[1] is choose.DENSE[op]
     assert found.args[0].__name__ == op and found.args[0].__module__.endswith("_grad")
@@ -58,7 +62,7 @@ def test_with_cuda_training_is_tritons(monkeypatch, op):
 
 
 class _OnGpu:
-    is_cuda, requires_grad = True, False
+    is_cuda, requires_grad, get_device = True, False, lambda self: 0
 
 
 @pytest.mark.parametrize(

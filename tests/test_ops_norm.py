@@ -23,14 +23,11 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
     wide=st.booleans(),
     gap=st.sampled_from([0, 3]),
     launch=st.sampled_from([None, (1, 4), (4, 1)]),
-    data=st.data(),
 )
-def test_norms_are_the_references(interpreted, rows, columns, dtype, weight_dtype, wide, gap, launch, data):
+def test_norms_are_the_references(interpreted, rows, columns, dtype, weight_dtype, wide, gap, launch):
     """Up to the order in which a row's squares are summed."""
-    first = data.draw(st.integers(0, columns - 1))
-    sizes = tuple(size for size in (columns - first, first // 2, first - first // 2) if size)
     case = Case((*rows, columns), dtype, weight_dtype, torch.float32 if wide else dtype, gap, launch)
-    assert interpreted(jobs.compare, case, sizes) == ""
+    assert interpreted(jobs.compare, case) == ""
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -39,7 +36,7 @@ def test_norms_are_the_references(interpreted, rows, columns, dtype, weight_dtyp
 def test_norms_round_where_the_references_do(interpreted, dtype, weight_dtype, residual_dtype):
     """To the bit, where the order of a sum makes no difference."""
     case = Case((9, 96), dtype, weight_dtype, residual_dtype or dtype, powers=True)
-    assert interpreted(jobs.compare, case, (64, 16, 16)) == ""
+    assert interpreted(jobs.compare, case) == ""
 
 
 @pytest.mark.parametrize("shape", [(5,), (3, 1), (2, 1, 3), (0, 1)], ids=str)
@@ -50,6 +47,7 @@ def test_dt_b_and_c_are_the_references(interpreted, shape, dtype, eps):
 
 
 def test_what_autograd_records_and_what_the_cpu_holds_is_left_to_torch(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     weight = torch.ones(4, requires_grad=True)
     assert norm._kernels(torch.ones(2, 4)) is None
     assert norm._kernels(_OnGpu(), weight) is None
@@ -61,21 +59,15 @@ def test_what_autograd_records_and_what_the_cpu_holds_is_left_to_torch(monkeypat
 
 
 @pytest.mark.parametrize(
-    ("columns", "bounds", "residual", "weight"),
-    [
-        (4096, (0, 4096), None, "*bf16"),
-        (2560, (0, 2560), "*fp32", "*bf16"),
-        (288, (0, 256, 272, 288), None, None),
-        (44, (0, 44), "*bf16", "*fp32"),
-    ],
+    ("columns", "residual", "weight"), [(4096, None, "*bf16"), (2560, "*fp32", "*bf16"), (44, "*bf16", "*fp32")]
 )
-def test_the_kernel_compiles_for_gpus_that_are_not_here(columns, bounds, residual, weight):
+def test_the_kernel_compiles_for_gpus_that_are_not_here(columns, residual, weight):
     from megatron_ssm_tp.ops.norm_triton import normalize_rows, tile_of
 
     rows, width, warps = tile_of(columns)
     types = {"x_ptr": "*bf16", "residual_ptr": residual, "weight_ptr": weight, "stream_ptr": residual}
-    types |= {"out_ptr": weight or "*bf16", "rows": "i32", "x_stride": "i32", "residual_stride": "i32", "eps": "fp32"}
-    constants = {"BOUNDS": bounds, "COLUMNS": columns, "WIDTH": width, "ROWS": rows}
+    types |= {"out_ptr": weight, "rows": "i32", "x_stride": "i32", "residual_stride": "i32", "eps": "fp32"}
+    constants = {"COLUMNS": columns, "WIDTH": width, "ROWS": rows}
     ptx = compile_for_hopper(normalize_rows, types, constants, warps).asm["ptx"]
     assert ".target sm_90" in ptx and ("v4.b32" in ptx or columns == 44)
 
@@ -91,12 +83,15 @@ def test_bcdts_kernel_compiles_for_gpus_that_are_not_here(bounds, normed):
 
 
 class _OnGpu:
-    is_cuda, requires_grad = True, False
+    is_cuda, requires_grad, get_device = True, False, lambda self: 0
 
     def __init__(self, columns: int = 4) -> None:
         self.shape = (2, columns)
 
 
 def test_norms_have_gradients():
-    x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.grad(norm.rms_normalize_slices(x, (4, 2, 2), 1e-5).sum(), x)[0].shape == x.shape
+    x, ours = torch.randn(3, 8, requires_grad=True), torch.randn(3, 8)
+    found = torch.autograd.grad(norm.rms_normalize_slices(x, (4, 4), 1e-5), x, ours)[0]
+    parts = x.unflatten(-1, (2, 4))
+    expected = torch.autograd.grad((parts / (parts.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()).flatten(-2), x, ours)
+    torch.testing.assert_close(found, expected[0])

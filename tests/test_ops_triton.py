@@ -40,6 +40,12 @@ def test_packed_prompts_are_scanned_as_by_the_reference(interpreted, lengths, sh
     assert interpreted(jobs.compare_scan, case) == ""
 
 
+def test_prompts_of_no_tokens_keep_their_states(interpreted):
+    case = Case((0, 9, 0, 3, 0), how={"chunk": 4})
+    assert interpreted(jobs.compare_scan, case) == ""
+    assert interpreted(jobs.compare_conv, case, 4, True, (4, 16, 1, 1)) == ""
+
+
 @pytest.mark.parametrize("d_state", [64, 128])
 def test_wide_states(interpreted, d_state):
     case = Case((19, 3), 5, d_state, how={"chunk": CHUNK})
@@ -110,6 +116,35 @@ def test_packed_prompts_are_convolved_as_by_the_reference(
     assert interpreted(jobs.compare_conv_step, steps, width, bias) == ""
 
 
+@pytest.mark.parametrize("one_each", [True, False])
+@pytest.mark.parametrize("states_only", [True, False])
+def test_the_scan_compiles_for_gpus_that_are_not_here(states_only, one_each):
+    from megatron_ssm_tp.ops.selective_scan_triton import scan_chunks
+
+    narrow = ("x_ptr", "dt_ptr", "z_ptr", "out_ptr", "D_ptr", "dt_bias_ptr")
+    constants = {"N": 16, "LANES": 32, "STAGES": 3, "POLYNOMIAL": 2, "MASKED": False, "ONE_EACH": one_each}
+    ptx = compile_for_hopper(
+        scan_chunks, _types(scan_chunks, narrow, constants), constants | {"STATES_ONLY": states_only}, 1
+    ).asm["ptx"]
+    assert ".target sm_90" in ptx and "cp.async" in ptx
+
+
+def test_a_step_compiles_for_gpus_that_are_not_here():
+    from megatron_ssm_tp.ops.state_step_triton import state_step
+
+    narrow = ("x_ptr", "dt_ptr", "z_ptr", "out_ptr", "B_ptr", "C_ptr", "D_ptr", "dt_bias_ptr")
+    constants = {"N": 16, "CHANNELS": 128}
+    ptx = compile_for_hopper(state_step, _types(state_step, narrow, constants), constants, 4).asm["ptx"]
+    assert ".target sm_90" in ptx
+
+
+def _types(kernel, narrow: tuple[str, ...], constants: dict) -> dict[str, str]:
+    """Of a kernel's arguments: pointers named in `narrow` are to bfloat16, others to float32 or numbers of slots."""
+    types = {name: "i32" for name in kernel.arg_names if name not in constants}
+    types |= {name: "*bf16" if name in narrow else "*fp32" for name in types if name.endswith("_ptr")}
+    return types | {"slots_ptr": "*i64"} | ({"cu_seqlens_ptr": "*i32"} if "cu_seqlens_ptr" in types else {})
+
+
 @pytest.mark.parametrize("channels", [512, 500], ids=["whole", "masked"])
 def test_the_convolution_compiles_for_gpus_that_are_not_here(channels):
     """And loads the channels of a lane as one word."""
@@ -122,7 +157,7 @@ def test_the_convolution_compiles_for_gpus_that_are_not_here(channels):
     types |= {"x_stride": "i32", "state_stride": "i32"}
     constants = {"WIDTH": 4, "TOKENS": tokens, "CHANNELS": block, "GROUP": group, "MASKED": channels % block != 0}
     ptx = compile_for_hopper(conv1d_chunks, types, constants, warps).asm["ptx"]
-    assert ptx.count("ld.global.v2.b32") >= (2 * group if channels == block else 0)
+    assert ".target sm_90" in ptx and (channels != block or ptx.count("ld.global.v2.b32") >= 2 * group)
 
 
 def test_a_chunk_holds_the_tokens_before_the_next():

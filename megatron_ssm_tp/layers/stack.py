@@ -64,7 +64,7 @@ class SSMStack(HybridStack):
         if self.pre_process and self.embedding_multiplier != 1:
             hidden_states = _unwrapped(hidden_states) * self.embedding_multiplier
         context = kwargs.get("inference_context")
-        if self._fuses(context):
+        if kwargs.get("packed_seq_params") is None and self._fuses(context):
             return self._fused(_unwrapped(hidden_states), context)
         return super().forward(hidden_states, *args, **kwargs)
 

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from .launching import last_axis_dense
-from .norm_triton import scale_of_runs, tile_of
+from .norm_triton import tile_of
 
 
 def split_bcdt(bcdt: torch.Tensor, dt_rank: int, d_state: int, eps: float | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -48,7 +48,18 @@ def split_rows(
     x = tl.load(x_ptr + row * x_stride + column, mask=mask, other=0.0)
     if NORMED:
         wide = x.to(tl.float32)
-        x = (wide * scale_of_runs(wide, column, eps, BOUNDS)).to(x.dtype)
+        x = (wide * _scale(wide, column, eps, BOUNDS)).to(x.dtype)
     tl.store(dt_ptr + row * BOUNDS[1] + column, x, mask=mask & (column < BOUNDS[1]))
     at = bc_ptr + row * (BOUNDS[3] - BOUNDS[1]) + (column - BOUNDS[1])
     tl.store(at, x.to(tl.float32), mask=mask & (column >= BOUNDS[1]))
+
+
+@triton.jit
+def _scale(wide, column, eps, BOUNDS: tl.constexpr):
+    """1 / rms of the run of columns that each value belongs to; values beyond the last run are zero."""
+    squares, scale = wide * wide, tl.zeros_like(wide)
+    for i in tl.static_range(3):
+        run = (column >= BOUNDS[i]) & (column < BOUNDS[i + 1])
+        mean = tl.sum(tl.where(run, squares, 0.0), axis=1, keep_dims=True) / (BOUNDS[i + 1] - BOUNDS[i])
+        scale = tl.where(run, tl.rsqrt(mean + eps), scale)
+    return scale

@@ -44,8 +44,8 @@ class Implementation:
 def implementation(name: str = "auto") -> Implementation:
     """The implementation of that name; "auto" is "triton" where Triton and a CUDA device are, else "reference".
 
-    "triton" has no kernels for the CPU, and none with a backward but for dense sequences: it leaves tensors there, and
-    other calls that autograd records, to the reference.
+    "triton" has no kernels for the CPU, and none with a backward but for dense sequences: it leaves tensors there or
+    on another GPU than the current one, and other calls that autograd records, to the reference.
 
     Raises:
         UserError: there is none of that name, or it cannot run here.
@@ -85,9 +85,14 @@ def has_triton() -> bool:
 
 
 def kernels_can_take(x: torch.Tensor, *others: object) -> bool:
-    """Whether x is on a GPU and autograd records nothing of these: the kernels have no backward."""
+    """Whether x is on the current GPU and autograd records nothing of these: the kernels have no backward."""
     recorded = torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in (x, *others))
-    return x.is_cuda and not recorded
+    return _is_here(x) and not recorded
+
+
+def _is_here(x: torch.Tensor) -> bool:
+    """Whether x is on the GPU that Triton launches on."""
+    return x.is_cuda and x.get_device() == torch.cuda.current_device()
 
 
 def _missing_for_triton() -> str:
@@ -102,4 +107,4 @@ def _by_tensors(kernel: Callable, truth: Callable, x: torch.Tensor, *arguments: 
 
 
 def _by_device(kernel: Callable, truth: Callable, x: torch.Tensor, *arguments: torch.Tensor | None) -> tuple:
-    return (kernel if x.is_cuda else truth)(x, *arguments)
+    return (kernel if _is_here(x) else truth)(x, *arguments)
