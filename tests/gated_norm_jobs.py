@@ -45,7 +45,7 @@ def pack(rows: tuple[int, ...], width: int, dtype: torch.dtype, ranks: int) -> s
     torch.use_deterministic_algorithms(True)
     from megatron_ssm_tp.ops import gated_norm_triton as kernels
 
-    g, columns, total, problem = torch.Generator().manual_seed(width), 3 * ranks, 0, ""
+    g, columns, total, problem = torch.Generator().manual_seed(width), 16, 0, ""
     for rank in range(ranks):
         product = torch.randn(*rows, width + 2, generator=g).to(dtype)[..., 2:]
         sums = torch.rand(*rows, 1, generator=g) * 100

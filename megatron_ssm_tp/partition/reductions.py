@@ -25,8 +25,10 @@ def sum_columns(dtype: str, tp: int) -> int:
 
     A float32 product has room for one, in which the ranks' parts are summed like the rest. Half precision has not:
     there each rank has columns of its own, where nothing is added to its number, and three pieces of 8 bits make one.
+    They are a multiple of 16, so that rows stay multiples of 32 bytes where the product's are, and words of 16 are
+    loaded.
     """
-    return 1 if dtype == "float32" else 3 * tp
+    return 1 if dtype == "float32" else -(-3 * tp // 16) * 16
 
 
 def all_reduces(config: ModelConfig, kind: Layer, tp: int) -> list[Reduction]:
