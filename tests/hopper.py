@@ -4,15 +4,18 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def compile_for_hopper(kernel: Any, types: Mapping[str, str | None], constants: Mapping[str, Any], warps: int) -> Any:
+def compile_for_hopper(
+    kernel: Any, types: Mapping[str, str | None], constants: Mapping[str, Any], warps: int, aligned_strides: bool = True
+) -> Any:
     """A Triton kernel for sm_90. `types` of its other arguments, such as "*bf16" or "i32"; None: None is passed.
-    Pointers and strides are taken to be multiples of 16."""
+    Pointers and, if `aligned_strides`, strides are taken to be multiples of 16."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     names = kernel.arg_names
     known = {name: None for name, kind in types.items() if kind is None} | dict(constants)
+    multiples = ("_ptr", "_stride") if aligned_strides else "_ptr"
     source = ASTSource(
         kernel,
         {name: "constexpr" if name in known else types[name] for name in names},
@@ -20,7 +23,7 @@ def compile_for_hopper(kernel: Any, types: Mapping[str, str | None], constants: 
         {
             (i,): [["tt.divisibility", 16]]
             for i, name in enumerate(names)
-            if name not in known and name.endswith(("_ptr", "_stride"))
+            if name not in known and name.endswith(multiples)
         },
     )
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})

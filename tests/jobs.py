@@ -275,10 +275,9 @@ def gated_norm_error(
         if norm.case is NormCase.DEFERRED:
             out_proj = SimpleNamespace(
                 weight=weight[:, own],
-                sequence_parallel=False,
-                explicit_expert_comm=False,
+                gradient_accumulation_fusion=False,
                 gtp_remat_size=1,
-                config=SimpleNamespace(_cpu_offloading_context=None),
+                _forward_impl=lambda input, weight, **_: input @ weight.T,
             )
             packed = norm.packed_product(y[..., own], z[..., own], out_proj)
             found = norm.unpack(reduce_from_tensor_model_parallel_region(packed, group=group))

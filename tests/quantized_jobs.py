@@ -74,9 +74,10 @@ def plain_megatron_mlp(recipe: AllReduceRecipe | None) -> tuple[list[str], np.nd
     """Megatron's own MLP, its row-parallel linear swapped by one call: sites, output before and after, a gradient."""
     mlp = torch.nn.ModuleDict({"mlp": _megatron_mlp()})
     x = torch.randn(5, 1, 32, generator=torch.Generator().manual_seed(1), requires_grad=True)
-    before, _ = mlp["mlp"](x)
+    before, bias = mlp["mlp"](x)
     sites = set_recipes(mlp, recipe)
-    after, _ = mlp["mlp"](x)
+    after, its_bias = mlp["mlp"](x)
+    assert torch.equal(bias, its_bias)
     after.sum().backward()
     return sites, before.detach().numpy(), after.detach().numpy(), x.grad.numpy()
 

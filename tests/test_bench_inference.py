@@ -50,6 +50,11 @@ def test_cells_of_two_ranks(world):
     assert "of the host | 1x9  | 1x9 int8 | 2x4  | 2x4 int8 |" in shares and "| scan | " in shares
 
 
+def test_a_norm_whose_sums_ride_is_a_part_and_its_product_another(world):
+    cells, _ = world(2).run(jobs.benched, jobs.MAMBA2, ["--shapes", "1x9", "--recipes", "none", "--parts"])[0]
+    assert {"gated norm", "out_proj", "reductions"} < cells[0].parts.keys()
+
+
 def test_the_whole_tool(tmp_path):
     (tmp_path / "tiny").mkdir()
     config = tmp_path / "tiny" / "config.json"

@@ -19,7 +19,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
     width=st.sampled_from([1, 5, 44, 64, 600]),
     before_gate=st.booleans(),
     dtype=st.sampled_from(DTYPES),
-    gap=st.sampled_from([0, 3]),
+    gap=st.sampled_from([0, 3, 8]),
 )
 def test_gated_norms_are_the_references(interpreted, rows, groups, width, before_gate, dtype, gap):
     assert interpreted(jobs.compare, Case((*rows, groups * width), groups, before_gate, dtype, gap)) == ""
@@ -31,18 +31,20 @@ def test_sums_travel_beside_products(interpreted, rows, width, dtype, ranks):
     assert interpreted(jobs.pack, rows, width, dtype, ranks) == ""
 
 
+@pytest.mark.parametrize("unit", [1, 8], ids=["rows of 16n", "rows of 8n"])
 @pytest.mark.parametrize(
     ("width", "squares", "before_gate"), [(5120, None, False), (3584, None, True), (2560, "*fp32", False)]
 )
-def test_the_norm_compiles_for_gpus_that_are_not_here(width, squares, before_gate):
+def test_the_norm_compiles_for_gpus_that_are_not_here(width, squares, before_gate, unit):
+    """And loads 16 bytes at a time."""
     from megatron_ssm_tp.ops.gated_norm_triton import _tile_of, gate_rows
 
     tile, warps = _tile_of(width)
     types = {f"{name}_ptr": "*bf16" for name in ("y", "z", "weight", "out")} | {"squares_ptr": squares, "eps": "fp32"}
     types |= {f"{name}_stride": "i32" for name in ("y", "z", "out")}
-    constants = {"WIDTH": width, "TILE": tile, "BEFORE_GATE": before_gate}
-    ptx = compile_for_hopper(gate_rows, types, constants, warps).asm["ptx"]
-    assert ".target sm_90" in ptx and "v4.b32" in ptx
+    constants = {"UNIT": unit, "WIDTH": width, "TILE": tile, "BEFORE_GATE": before_gate}
+    ptx = compile_for_hopper(gate_rows, types, constants, warps, aligned_strides=unit == 1).asm["ptx"]
+    assert ".target sm_90" in ptx and ptx.count("ld.global.v4.b32") >= 2  # of y and z
 
 
 def test_packing_compiles_for_gpus_that_are_not_here():

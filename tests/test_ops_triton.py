@@ -145,8 +145,9 @@ def _types(kernel, narrow: tuple[str, ...], constants: dict) -> dict[str, str]:
     return types | {"slots_ptr": "*i64"} | ({"cu_seqlens_ptr": "*i32"} if "cu_seqlens_ptr" in types else {})
 
 
+@pytest.mark.parametrize("unit", [1, 8], ids=["rows of 16n", "rows of 8n"])
 @pytest.mark.parametrize("channels", [512, 500], ids=["whole", "masked"])
-def test_the_convolution_compiles_for_gpus_that_are_not_here(channels):
+def test_the_convolution_compiles_for_gpus_that_are_not_here(channels, unit):
     """And loads the channels of a lane as one word."""
     from megatron_ssm_tp.ops.conv1d import WIDE
     from megatron_ssm_tp.ops.conv1d_triton import conv1d_chunks
@@ -156,7 +157,8 @@ def test_the_convolution_compiles_for_gpus_that_are_not_here(channels):
     types |= {"slots_ptr": "*i64", "cu_seqlens_ptr": "*i32", "sequences": "i32", "channels": "i32"}
     types |= {"x_stride": "i32", "state_stride": "i32"}
     constants = {"WIDTH": 4, "TOKENS": tokens, "CHANNELS": block, "GROUP": group, "MASKED": channels % block != 0}
-    ptx = compile_for_hopper(conv1d_chunks, types, constants, warps).asm["ptx"]
+    constants["UNIT"] = unit
+    ptx = compile_for_hopper(conv1d_chunks, types, constants, warps, aligned_strides=unit == 1).asm["ptx"]
     assert ".target sm_90" in ptx and (channels != block or ptx.count("ld.global.v2.b32") >= 2 * group)
 
 

@@ -187,6 +187,9 @@ class Bench:
             return whole, host, peak, around
 
         result, note = tried(measured, self.device)
+        if is_speaker():  # a run that ends early has shown what it had measured
+            found = note if result is None else f"{result[0] * 1e3:.2f} ms"
+            print(f"{cell.model}, {cell.way}, {cell.batch}x{cell.length}: {found}", file=sys.stderr, flush=True)
         if result is None:
             return cell._replace(note=note)
         whole, host, peak, around = result

@@ -63,6 +63,10 @@ def _places(model: nn.Module) -> Iterator[tuple[Any, str, str]]:
             yield from (
                 (child, "forward", _CHILDREN[name]) for name, child in module.named_children() if name in _CHILDREN
             )
+            if module.last_linear is None:  # a norm whose sums travel with out_proj's product
+                yield module.norm, "packed_product", "gated norm"
+                yield module.norm, "unpack", "gated norm"
+                yield module.out_proj, "_forward_impl", "out_proj"
 
 
 @contextmanager

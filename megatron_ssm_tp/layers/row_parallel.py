@@ -40,6 +40,9 @@ class RecipeRowParallelLinear(RowParallelLinear):
         super().__init__(*args, name=name, **kwargs)
         self.site = name or ""
 
+    def _forward_impl(self, input: torch.Tensor, weight: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        return F.linear(input, weight) if is_lean(self) else super()._forward_impl(input, weight, *args, **kwargs)
+
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """input_ [.., d/p] -> [.., h], and the bias where skip_bias_add is set."""
         recipe = recipe_now(self)
@@ -69,8 +72,6 @@ def recipe_now(linear: nn.Module) -> AllReduceRecipe | None:
 
 def partial_product(linear: RowParallelLinear, x: torch.Tensor) -> torch.Tensor:
     """This rank's part of linear(x), bias left out: x [.., d/p] -> [.., h], to be summed over the ranks."""
-    if is_lean(linear):
-        return F.linear(x, linear.weight)
     # Megatron's own choice of a product, by whether the weight is trained.
     return linear._forward_impl(
         input=x,

@@ -8,7 +8,7 @@ import torch
 
 from ..errors import UserError
 from .conv1d_triton import conv1d_chunks, conv1d_step
-from .launching import dense_states, last_axis_dense
+from .launching import dense_states, last_axis_dense, row_unit
 
 Tile = tuple[int, int, int, int]  # of a program: tokens, channels, warps, and tokens loaded at a time
 WIDE, NARROW = (16, 512, 4, 8), (32, 256, 4, 8)  # for 8192 channels and more, and for fewer: measured on an H100
@@ -47,9 +47,11 @@ def causal_conv1d_varlen(
     tokens, channels, warps, group = tile or _tile_for(x.shape[1])
     if tokens < weight.shape[1] - 1:
         raise UserError("tile", tile, f"has too few tokens before those of {weight.shape[1]} taps", "more tokens")
-    grid = (-(-x.shape[1] // channels), len(x) // tokens + sequences)
+    grid, unit = (-(-x.shape[1] // channels), len(x) // tokens + sequences), row_unit(x.stride(0))
     conv1d_chunks[grid](
-        *(x, weight, bias, out, cached, slots, cu_seqlens, sequences, x.shape[1], x.stride(0), cached.stride(0)),
+        *(x, weight, bias, out, cached, slots, cu_seqlens, sequences),
+        *(x.shape[1], x.stride(0) // unit, cached.stride(0)),
+        UNIT=unit,
         WIDTH=weight.shape[1],
         TOKENS=tokens,
         CHANNELS=channels,

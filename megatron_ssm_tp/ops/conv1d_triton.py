@@ -24,6 +24,7 @@ def conv1d_chunks(
     channels,
     x_stride,
     state_stride,
+    UNIT: tl.constexpr,
     WIDTH: tl.constexpr,
     TOKENS: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -33,7 +34,9 @@ def conv1d_chunks(
     """TOKENS tokens of a sequence. The program of its first ones reads its state and writes the new one: no other.
 
     GROUP tokens are loaded while those before them are computed. MASKED: CHANNELS does not divide the channels.
+    x_stride counts UNIT values.
     """
+    x_stride *= UNIT
     d = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     mask = d < channels
     slot = tl.program_id(1)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .elementwise_triton import silu
-from .launching import last_axis_dense
+from .launching import last_axis_dense, row_unit
 
 
 def gated_rms_norm(
@@ -41,9 +41,11 @@ def _gate(
         return out
     width = y.shape[-1] // groups
     y, z = (last_axis_dense(t.reshape(-1, t.shape[-1])) for t in (y, z))
-    tile, warps = _tile_of(width)
+    (tile, warps), unit = _tile_of(width), row_unit(y.stride(0), z.stride(0))
+    strides = (y.stride(0) // unit, z.stride(0) // unit)
     gate_rows[len(y), groups](
-        *(y, z, weight.contiguous(), out, squares, y.stride(0), z.stride(0), y.shape[1], eps),
+        *(y, z, weight.contiguous(), out, squares, *strides, y.shape[1], eps),
+        UNIT=unit,
         WIDTH=width,
         TILE=tile,
         BEFORE_GATE=before_gate,
@@ -100,16 +102,20 @@ def gate_rows(
     z_stride,
     out_stride,
     eps,
+    UNIT: tl.constexpr,
     WIDTH: tl.constexpr,
     TILE: tl.constexpr,
     BEFORE_GATE: tl.constexpr,
 ):
-    """WIDTH channels of a row: normed; or, if squares_ptr is given, left as they are and their squares' sum stored."""
+    """WIDTH channels of a row: normed; or, if squares_ptr is given, left as they are and their squares' sum stored.
+
+    The strides of y and z count UNIT values.
+    """
     row, within = tl.program_id(0).to(tl.int64), tl.arange(0, TILE)
     mask = within < WIDTH
     column = tl.program_id(1) * WIDTH + within
-    z = tl.load(z_ptr + row * z_stride + column, mask=mask, other=0.0)
-    given = tl.load(y_ptr + row * y_stride + column, mask=mask, other=0.0)
+    z = tl.load(z_ptr + row * z_stride * UNIT + column, mask=mask, other=0.0)
+    given = tl.load(y_ptr + row * y_stride * UNIT + column, mask=mask, other=0.0)
     weight = tl.load(weight_ptr + column, mask=mask, other=0.0)
     y = given.to(tl.float32)
     value = y * silu(z.to(tl.float32))
