@@ -4,16 +4,15 @@ import time
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from comm_jobs import ALWAYS_ONE_SHOT, ALWAYS_TWO_SHOT, contribution, kernels
 
-from megatron_ssm_tp import UserError
 from megatron_ssm_tp.comm import collectives
-from megatron_ssm_tp.comm.recipes import AllReduceRecipe, Bf16, Int8BlockScaling
+from megatron_ssm_tp.comm.recipes import AllReduceRecipe, Bf16
 from megatron_ssm_tp.comm.tuning import Launch
 from megatron_ssm_tp.comm.workspace import EXACT_VALUES, FLAGS, Workspace
 from megatron_ssm_tp.ops.norm import rms_normalize
@@ -198,133 +197,3 @@ def lost_peer(directory: Path, recipe: AllReduceRecipe, launch: Launch) -> str:
     except BaseException as error:
         return f"{type(error).__name__}: {error} {error.__cause__}"
     return "no error"
-
-
-# --- The host's side, without the interpreter -----------------------------------------------------------------------
-
-
-def reasons_without_buffers(case: str) -> list[str]:
-    """Why a group gets no buffers when one rank fails: asked twice, by the group's first call and by its second."""
-    from unittest import mock
-
-    from megatron_ssm_tp.comm import symmetric
-
-    group, last = dist.new_group(list(range(dist.get_world_size()))), dist.get_rank() == dist.get_world_size() - 1
-    x = mock.Mock(is_cuda=True, dtype=torch.bfloat16, device=mock.Mock(index=0))
-    replaced = {"_what_is_missing": lambda: "", "_zeros": lambda ranks: torch.zeros(1), "_rendezvous": _no_rendezvous}
-    if case == "no memory" and last:
-        replaced["_zeros"] = mock.Mock(side_effect=RuntimeError("out of memory\nand more"))
-    elif case == "no triton" and last:
-        replaced["_what_is_missing"] = lambda: "a rank has no triton"
-    elif case == "one rank's peer access" and not last:
-        replaced["_rendezvous"] = lambda *_: mock.create_autospec(Workspace, instance=True)
-    elif case == "two hosts":
-        replaced["socket"] = mock.Mock(gethostname=lambda: f"node{dist.get_rank()}")
-    with (
-        mock.patch.multiple(symmetric, **replaced),
-        mock.patch("torch.cuda.is_current_stream_capturing", lambda: False),
-        mock.patch("torch.cuda.current_device", lambda: 0),
-    ):
-        found = [symmetric.supports(x, group, Int8BlockScaling()) for _ in range(2)]
-    assert not any(ok for ok, _ in found)
-    return [reason for _, reason in found]
-
-
-def _no_rendezvous(group: dist.ProcessGroup, memory: torch.Tensor, timeout_s: float) -> None:
-    raise RuntimeError("no peer access")
-
-
-def illegal_columns() -> list[str]:
-    """What both backends say to more exact columns than there are."""
-    from megatron_ssm_tp.comm.backends import BACKENDS
-
-    said = []
-    for backend in BACKENDS.values():
-        try:
-            backend.all_reduce(torch.ones(2, 4), dist.group.WORLD, Int8BlockScaling(), exact_columns=5)
-        except UserError as error:
-            said.append(str(error))
-    assert len(said) == len(BACKENDS) > 1
-    return said
-
-
-def supported_under_capture() -> tuple[bool, str]:
-    from unittest import mock
-
-    from megatron_ssm_tp.comm import symmetric
-
-    group = dist.new_group(list(range(dist.get_world_size())))
-    x = mock.Mock(is_cuda=True, dtype=torch.bfloat16, device=mock.Mock(index=0))
-    with (
-        mock.patch("torch.cuda.is_current_stream_capturing", lambda: True),
-        mock.patch("torch.cuda.current_device", lambda: 0),
-    ):
-        return symmetric.supports(x, group, Int8BlockScaling())
-
-
-def warnings_of_a_fallback() -> list[str]:
-    """What is said when "auto" cannot take the symmetric backend on GPUs, and when "collective" is asked for."""
-    import warnings
-    from unittest import mock
-
-    from megatron_ssm_tp.comm import backends
-
-    group = dist.new_group(list(range(dist.get_world_size())))
-    x = mock.Mock(is_cuda=True, dtype=torch.bfloat16)
-    refused = backends.BACKENDS["symmetric"]._replace(supports=lambda *_: (False, "no peer access"))
-    with warnings.catch_warnings(record=True) as said, mock.patch.dict(backends.BACKENDS, symmetric=refused):
-        warnings.simplefilter("always")
-        for name in ("auto", "collective"):
-            assert backends.choose(x, group, Int8BlockScaling(backend=name)) is backends.BACKENDS["collective"]
-    return [str(warning.message) for warning in said]
-
-
-def fused_errors() -> list[str]:
-    from megatron_ssm_tp.comm.fused import all_reduce_add_norm
-
-    x, said = torch.ones(2, 4), []
-    for residual, weight in [
-        (x, torch.ones(4, requires_grad=True)),
-        (torch.ones(2, 3), torch.ones(4)),
-        (x, torch.ones(3)),
-    ]:
-        try:
-            all_reduce_add_norm(x, residual, weight, 1e-5, dist.group.WORLD, Int8BlockScaling())
-        except UserError as error:
-            said.append(str(error))
-    return said
-
-
-def compile_for_hopper(kernel: str, shape: dict, ones: dict[str, int]) -> Any:
-    """A kernel of symmetric_triton.py as it would be launched on bfloat16 tensors."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from megatron_ssm_tp.comm import symmetric_triton
-    from megatron_ssm_tp.comm.tile_steps import Shape
-
-    default = {"rank": 0, "ranks": 2, "block_size": 128, "tile_blocks": 16, "blocks": 16, "contiguous": True}
-    flags = {"ragged": False, "flagged": True, "split": False, "add_norm": False, "exact": False, "threads": 256}
-    whole = Shape(**default | flags | shape)
-    function = getattr(symmetric_triton, kernel)
-    constants = {"S": whole, "EXACT_TILE": symmetric_triton.EXACT_TILE} | ones
-
-    def type_of(name: str) -> object:
-        if name in constants:
-            return "constexpr"
-        if name in ("buffers", "flags"):
-            return ("i64",) * whole.ranks
-        if name.endswith("_ptr"):
-            return "*i32" if name == "counters_ptr" else "*bf16"
-        return "fp32" if name == "eps" else "i32"
-
-    names = function.arg_names
-    source = ASTSource(
-        function,
-        {name: type_of(name) for name in names},
-        {(names.index(name),): value for name, value in constants.items()},
-        {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name.endswith(("_ptr", "_stride"))},
-    )
-    options = {"num_warps": whole.threads // 32, "enable_fp_fusion": False}
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)

@@ -1,7 +1,7 @@
 """What the symmetric backend does on the host: who gets buffers, which launch, and that kernels compile for GPUs."""
 
+import launch_jobs as jobs
 import pytest
-import symmetric_jobs as jobs
 import torch
 
 from megatron_ssm_tp.comm import symmetric

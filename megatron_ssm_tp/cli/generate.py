@@ -123,6 +123,7 @@ def run(args: argparse.Namespace) -> None:
     from ..ranks import agree
 
     warnings.filterwarnings("ignore")  # what Megatron says while it runs is for those who develop it
+    warnings.filterwarnings("default", message="all-reduces are quantized")  # ours: by the slower backend
     for number in (signal.SIGINT, signal.SIGTERM):
         faulthandler.unregister(number)  # Megatron's coordinator registers a stack dump for both when it is imported
     _, groups = join(args.tensor_model_parallel_size)
