@@ -67,6 +67,7 @@ def read_args(argv: list[str] | None = None) -> argparse.Namespace:
     made.add_argument("--ways", nargs="+", default=list(KINDS), metavar="WAY", help=", ".join(KINDS))
     made.add_argument("--graph-limit", type=int, default=2048, metavar="N", help="most tokens in a CUDA graph")
     made.add_argument("--block-size", type=int, default=128, metavar="N", help="values that share a scale")
+    made.add_argument("--wide-residual", action="store_true", help="a residual stream in float32, as Falcon-Mamba's")
     made.add_argument("--json", metavar="FILE", help="write the numbers there as well")
     made.add_argument("--plot", metavar="FILE", help="time by tokens, as a picture")
     return made.parse_args(argv)
@@ -138,7 +139,7 @@ def measure_all(args: argparse.Namespace, ways: Ways, device: torch.device, cell
     """Appends to `cells`, so that what was measured before an error is there."""
     for hidden in args.hidden:
         for tokens in args.tokens:
-            case = Case(tokens, hidden, device)
+            case = Case(tokens, hidden, device, args.wide_residual)
             graphs = device.type == "cuda" and tokens <= args.graph_limit
             for table, of_table, exact in (("sum", ways.sums, case.sums), ("fused", ways.fused, case.fused())):
                 found = []

@@ -40,10 +40,10 @@ class Way(NamedTuple):
 class Case:
     """One size: tensors bfloat16 [tokens, hidden], an outlier channel in x; x differs between ranks, the others do not.
 
-    `sums` and `fused` are the exact results in float32.
+    `sums` and `fused` are the exact results in float32. With `wide_residual` the residual is float32 too.
     """
 
-    def __init__(self, tokens: int, hidden: int, device: torch.device) -> None:
+    def __init__(self, tokens: int, hidden: int, device: torch.device, wide_residual: bool = False) -> None:
         own = torch.Generator(device).manual_seed(100 + dist.get_rank())
         common = torch.Generator(device).manual_seed(99)
 
@@ -54,6 +54,8 @@ class Case:
         self.x[:, 7] *= 40
         self.buffer = self.x.clone()  # for what sums in place
         self.residual, self.weight = normal(tokens, hidden), normal(hidden)
+        if wide_residual:
+            self.residual = self.residual.float()
         total = self.x.float()
         dist.all_reduce(total)
         self.sums: Result = (total,)

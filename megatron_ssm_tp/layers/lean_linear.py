@@ -1,7 +1,7 @@
 """Megatron's linears with less to do on the host where no gradient is wanted.
 
-Megatron's products go through an autograd function and its gradients' all-reduce through another, in inference too:
-some 70 us a linear of a host, of which a layer has four. What is computed is the same to the bit.
+Megatron's products go through an autograd function and their gradients' all-reduce through another, in inference too,
+which costs the host more than the launch does. What is computed is the same to the bit.
 """
 
 import torch

@@ -10,8 +10,9 @@ Counted a token and channel at N = 16, for bfloat16 (x, dt, z in, y out), of wha
 So some of the 16 go to the multiply-add units as polynomials, 8 instructions more each: with 2 of them 17 are left, 136
 cycles, beside 147 instructions, 0.33 ms. There is no shuffle among these, for a thread holds two channels with all
 their states; but then 8192 channels are only 128 warps, a quarter of what hides latencies, and few prompts have to be
-cut in time too: the kernel first computes what each chunk leaves of its own tokens (17 exponentials, 98 instructions;
-but for a sequence's last chunk), then each chunk's outputs from the state that the ones before it leave.
+cut in time too: the kernel first computes what each chunk leaves of its own tokens (14 exponentials and 123
+instructions, 3 of the 16 being polynomials; but for a sequence's last chunk), then each chunk's outputs from the state
+that the ones before it leave.
 
 A single pass with look-back would pay exponentials twice as well, since the state at a chunk's start reaches every
 output through them, and would have programs wait for each other. An associative scan with time across lanes pays them
