@@ -68,11 +68,12 @@ class _OnGpu:
 @pytest.mark.parametrize(
     ("tokens", "sequences", "warps", "expected"),
     [
-        (8192, 1, 128, 1024),  # 1056 warps wanted
-        (8192, 1, 64, 512),
+        (8192, 1, 128, 512),  # 2112 warps wanted
+        (8192, 1, 32, 256),  # no shorter ones of so many tokens
+        (1024, 1, 32, 64),
         (16384, 8, 64, 16384),  # the batch alone fills the GPU
-        (16384, 8, 32, 512),
-        (9000, 6, 64, 500),  # 1500 = 3 x 500: no fourth chunk for the last few tokens
+        (16384, 8, 32, 256),
+        (9000, 6, 64, 250),  # 1500 = 6 x 250: no seventh chunk for the last few tokens
         (60, 1, 128, 64),
     ],
 )

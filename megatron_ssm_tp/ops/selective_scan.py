@@ -29,8 +29,8 @@ from .launching import Chunks, dense_states, even_chunk, last_axis_dense, multip
 from .selective_scan_triton import scan_chunks
 from .state_step_triton import state_step
 
-SHORTEST_CHUNK = 64
-ENOUGH_WARPS, FULL_OF_WARPS = 3, 8  # of a multiprocessor
+SHORTEST_CHUNK, SHORT_CHUNK = 64, 256
+ENOUGH_WARPS, FULL_OF_WARPS = 3, 16  # of a multiprocessor
 
 
 @dataclass(frozen=True)
@@ -51,22 +51,23 @@ class ScanLaunch:
     stages: int = 3
     polynomial: int = 2
     states_polynomial: int = 3
-    max_registers: int | None = 168
+    max_registers: int | None = None
 
 
 def launch_for(tokens: int, sequences: int, warps: int, processors: int) -> ScanLaunch:
     """Prompts that fill the GPU are not cut, others into as many chunks as fill it; equal prompts into equal chunks.
 
-    Cut ones pay both passes, so that a warp alone on a quarter of a multiprocessor, slow as it is, already beats them;
-    two on each of these are as fast as four, which would have fewer registers.
+    Cut ones pay both passes, so that a warp alone on a quarter of a multiprocessor, slow as it is, already beats them.
+    Chunks of less than SHORT_CHUNK tokens cost more than warps that are missing, but where there are few tokens.
 
     Args:
         warps: that have all channels between them.
     """
     if sequences * warps >= ENOUGH_WARPS * processors:
-        return ScanLaunch(chunk=tokens)
-    size = max(SHORTEST_CHUNK, tokens // max(1, FULL_OF_WARPS * processors // warps))
-    return ScanLaunch(even_chunk(tokens, sequences, size))
+        return ScanLaunch(chunk=tokens, max_registers=168)
+    shortest = max(SHORTEST_CHUNK, min(SHORT_CHUNK, tokens // 32))
+    size = max(shortest, tokens // max(1, FULL_OF_WARPS * processors // warps))
+    return ScanLaunch(even_chunk(tokens, sequences, size), max_registers=128)
 
 
 def selective_scan_varlen(
