@@ -1,5 +1,6 @@
 """What ranks are asked to do with a whole model whose reductions follow recipes."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -80,6 +81,18 @@ def plain_megatron_mlp(recipe: AllReduceRecipe | None) -> tuple[list[str], np.nd
     assert torch.equal(bias, its_bias)
     after.sum().backward()
     return sites, before.detach().numpy(), after.detach().numpy(), x.grad.numpy()
+
+
+def refused_by_megatrons_mlp(book: RecipeBook) -> list[tuple[str, bool]]:
+    """Class of Megatron's own linear, and whether it has a site, before a book that is refused and after."""
+    mlp = torch.nn.ModuleDict({"mlp": _megatron_mlp()})
+    found = []
+    for _ in range(2):
+        linear = mlp["mlp"].linear_fc2
+        found.append((type(linear).__name__, hasattr(linear, "site")))
+        with suppress(UserError):
+            set_recipes(mlp, book)
+    return found
 
 
 def odd_linears() -> list[tuple[bool, bool]]:

@@ -101,12 +101,16 @@ def reduced(
     return found
 
 
-def in_a_row(directory: Path, calls: list[Call], late_s: float) -> list[tuple[np.ndarray, bool]]:
+def in_a_row(
+    directory: Path, calls: list[Call], late_s: float, last_epoch: int | None = None
+) -> list[tuple[np.ndarray, bool]]:
     """As reduced, with nothing between the calls that ranks would wait for each other in, and a last rank that reads
-    what has arrived so long after it has sent its own."""
+    what has arrived so long after it has sent its own; `last_epoch` is the number of the call before, if given."""
     import triton.runtime.interpreter as interpreter
 
     module, space, builder = _launch_module(), workspace(directory, 1 << 20), interpreter.InterpreterBuilder
+    if last_epoch is not None:
+        space = replace(space, counters=torch.tensor([last_epoch, 0], dtype=torch.int32))
     inputs = [_contribution(call, seed) for seed, call in enumerate(calls)]
     atomic, last = builder.create_atomic_rmw, dist.get_rank() == dist.get_world_size() - 1
 
@@ -171,8 +175,9 @@ def fused_by_recipe(directory: Path, launch: Launch) -> str:
     from megatron_ssm_tp.comm import fused, symmetric
 
     module, space, group = _launch_module(), workspace(directory, 1 << 20), dist.group.WORLD
-    x = _contribution(Call((5, 64), Bf16(32), launch), 0)
-    residual, weight = torch.randn(5, 64, generator=torch.Generator().manual_seed(5)), torch.arange(1.0, 65.0)
+    # One row, of weight's shape: had the two changed places, the sum would be wrong and nothing written outside it.
+    x = _contribution(Call((64,), Bf16(32), launch), 0)
+    residual, weight = torch.randn(64, generator=torch.Generator().manual_seed(5)), torch.arange(1.0, 65.0)
     called, problem = mock.Mock(side_effect=module.reduce_add_norm), ""
     there = {"supports": lambda *_: (True, ""), "_workspaces": {group: space}}
     with (

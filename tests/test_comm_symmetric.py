@@ -118,12 +118,21 @@ def test_calls_of_all_kinds_follow_each_other(interpreted, directory):
     run()
 
 
-@pytest.mark.parametrize("launch", [ONE_SHOT[0], TWO_SHOT[0]], ids=lambda launch: launch.way)
-def test_nobody_writes_over_what_a_late_rank_has_not_read(interpreted, directory, launch):
-    calls = [Call((2, 32), RECIPES[0], launch)] * 3
-    results = interpreted(2).run(jobs.in_a_row, directory / f"2-{1 << 20}", calls, 0.2)
-    for (bits, as_collective), (others, _) in zip(*results, strict=True):
-        assert as_collective and np.array_equal(bits, others)
+def check_in_a_row(interpreted, directory: Path, launches: list[Launch], last_epoch: int | None = None) -> None:
+    calls = [Call((4, 32), RECIPES[0], launch) for launch in launches]
+    results = interpreted(2).run(jobs.in_a_row, directory, calls, 0.2, last_epoch)
+    for (bits, as_collective), (others, its) in zip(*results, strict=True):
+        assert as_collective and its and np.array_equal(bits, others)
+
+
+def test_nobody_writes_over_what_a_late_rank_has_not_read(interpreted, directory):
+    """Two-shot writes where one-shot is read, from either half; two-shot after two-shot would not."""
+    one, two = ONE_SHOT[0], TWO_SHOT[0]
+    check_in_a_row(interpreted, directory / f"2-{1 << 20}", [one, two, two, one, two])
+
+
+def test_memory_never_written_is_of_no_call_when_the_count_wraps(interpreted, directory):
+    check_in_a_row(interpreted, directory / "wrapped", [ONE_SHOT[0]] * 3, last_epoch=-2)
 
 
 def test_recipes_say_who_reduces_adds_and_norms(interpreted, directory):

@@ -217,6 +217,11 @@ def test_a_book_of_another_model_is_refused_alike_on_all_ranks(world, tiny, tp):
     assert world(tp).run(quantized_jobs.error_of_set_recipes, path, book_of("*.down")) == [""] * tp
 
 
+def test_a_refused_book_leaves_megatrons_linears_as_they_are(world):
+    for found in world(2).run(quantized_jobs.refused_by_megatrons_mlp, book_of("nowhere.*")):
+        assert found == [("RowParallelLinear", False)] * 2
+
+
 def test_a_backend_that_cannot_reduce_is_refused_at_load(world, tiny, tmp_path):
     """Not in the middle of the first answer; the field is what the user wrote."""
     path, file = tiny("falcon_mamba").path, tmp_path / "recipes.yaml"
