@@ -37,9 +37,9 @@ def test_sums_travel_beside_products(interpreted, rows, width, dtype, ranks):
 )
 def test_the_norm_compiles_for_gpus_that_are_not_here(width, squares, before_gate, unit):
     """And loads 16 bytes at a time."""
-    from megatron_ssm_tp.ops.gated_norm_triton import _tile_of, gate_rows
+    from megatron_ssm_tp.ops.gated_norm_triton import gate_rows, tile_of
 
-    tile, warps = _tile_of(width)
+    _, tile, warps = tile_of(width)
     types = {f"{name}_ptr": "*bf16" for name in ("y", "z", "weight", "out")} | {"squares_ptr": squares, "eps": "fp32"}
     types |= {f"{name}_stride": "i32" for name in ("y", "z", "out")}
     constants = {"UNIT": unit, "WIDTH": width, "TILE": tile, "BEFORE_GATE": before_gate}

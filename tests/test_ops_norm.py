@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from norm_jobs import Case
 
-from megatron_ssm_tp.ops import norm
+from megatron_ssm_tp.ops import choose, norm
+from megatron_ssm_tp.ops.bcdt import split_bcdt
 
 pytest.importorskip("triton")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -54,7 +55,7 @@ def test_what_autograd_records_and_what_the_cpu_holds_is_left_to_torch(monkeypat
     with torch.no_grad():
         assert norm._kernels(_OnGpu(), weight).__name__.endswith("norm_triton")
         assert norm._kernels(_OnGpu(norm.WIDEST + 1), weight) is None
-        monkeypatch.setattr(norm, "has_triton", lambda: False)
+        monkeypatch.setattr(choose, "has_triton", lambda: False)
         assert norm._kernels(_OnGpu(), weight) is None
 
 
@@ -89,9 +90,8 @@ class _OnGpu:
         self.shape = (2, columns)
 
 
-def test_norms_have_gradients():
+def test_norms_of_dt_b_and_c_have_gradients():
     x, ours = torch.randn(3, 8, requires_grad=True), torch.randn(3, 8)
-    found = torch.autograd.grad(norm.rms_normalize_slices(x, (4, 4), 1e-5), x, ours)[0]
-    parts = x.unflatten(-1, (2, 4))
-    expected = torch.autograd.grad((parts / (parts.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()).flatten(-2), x, ours)
-    torch.testing.assert_close(found, expected[0])
+    found = torch.autograd.grad(torch.cat(split_bcdt(x, 4, 2, 1e-5), dim=-1), x, ours)[0]
+    parts = [part / (part.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() for part in x.split([4, 2, 2], dim=-1)]
+    torch.testing.assert_close(found, torch.autograd.grad(torch.cat(parts, dim=-1), x, ours)[0])

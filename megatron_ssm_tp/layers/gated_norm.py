@@ -23,14 +23,7 @@ from torch import nn
 
 from ..config import GatedNormConfig
 from ..errors import UserError
-from ..ops.gated_norm import (
-    gated_norm_by_mean,
-    gated_rms_norm,
-    gated_values,
-    pack_sums,
-    sum_of_squares,
-    unpack_sums,
-)
+from ..ops.gated_norm import gated, gated_rms_norm, gated_values, pack_sums, unpack_sums
 from ..partition.reductions import sum_columns
 from .row_parallel import partial_product
 from .sharding import sharers
@@ -98,8 +91,9 @@ class GatedRMSNorm(nn.Module):
         eps, before_gate = self.config.eps, self.config.before_gate
         if self.case is NormCase.LOCAL:
             return gated_rms_norm(y, z, self.weight, eps, y.shape[-1] // self.width, before_gate)
-        sums = _SumOverRanks.apply(sum_of_squares(y, z, before_gate), self.group_ranks)
-        return gated_norm_by_mean(y, z, self.weight, sums / self.width, eps, before_gate)
+        value, measured = gated(y, z, before_gate)
+        mean = _SumOverRanks.apply(measured.pow(2).sum(-1, keepdim=True), self.group_ranks) / self.width
+        return self.weight * (value * torch.rsqrt(mean + eps)).to(y.dtype)
 
     def columns(self, dtype: torch.dtype) -> int:
         """DEFERRED: how many columns carry sums of squares beside a product of `dtype`."""

@@ -2,8 +2,8 @@
 
 import torch
 
-from .choose import has_triton, kernels_can_take
-from .norm import rms_normalize_slices
+from .choose import kernels_can_take
+from .norm import rms_normalize
 
 
 def split_bcdt(bcdt: torch.Tensor, dt_rank: int, d_state: int, eps: float | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -18,11 +18,11 @@ def split_bcdt(bcdt: torch.Tensor, dt_rank: int, d_state: int, eps: float | None
         one row. B and C in float32, as the scan's kernels read them, where neither the CPU nor autograd is concerned;
         else in bcdt's dtype.
     """
-    if kernels_can_take(bcdt) and has_triton():
+    if kernels_can_take(bcdt):
         from .bcdt_triton import split_bcdt as kernel
 
         return kernel(bcdt, dt_rank, d_state, eps)
-    if eps is not None:
-        bcdt = rms_normalize_slices(bcdt, (dt_rank, d_state, d_state), eps)
-    dt, bc = bcdt.split([dt_rank, 2 * d_state], dim=-1)
-    return dt.contiguous(), bc
+    if eps is None:
+        return bcdt[..., :dt_rank].contiguous(), bcdt[..., dt_rank:]
+    dt, B, C = (rms_normalize(part, eps) for part in bcdt.split([dt_rank, d_state, d_state], dim=-1))
+    return dt.contiguous(), torch.cat([B, C], dim=-1)

@@ -85,9 +85,9 @@ def has_triton() -> bool:
 
 
 def kernels_can_take(x: torch.Tensor, *others: object) -> bool:
-    """Whether x is on the current GPU and autograd records nothing of these: the kernels have no backward."""
+    """Whether Triton is there, x is on the current GPU, and autograd records nothing: the kernels have no backward."""
     recorded = torch.is_grad_enabled() and any(getattr(t, "requires_grad", False) for t in (x, *others))
-    return _is_here(x) and not recorded
+    return _is_here(x) and not recorded and has_triton()
 
 
 def _is_here(x: torch.Tensor) -> bool:

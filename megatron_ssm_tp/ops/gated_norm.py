@@ -11,9 +11,15 @@ from types import ModuleType
 import torch
 import torch.nn.functional as F
 
-from .choose import has_triton, kernels_can_take
+from .choose import kernels_can_take
 
 WIDEST = 16384  # channels of a group, or columns of a product, that a program holds
+
+
+def gated(y: torch.Tensor, z: torch.Tensor, before_gate: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is to be scaled, without its weight, and what its scale is taken of; both float32."""
+    y, gate = y.float(), F.silu(z.float())
+    return (y * gate, y) if before_gate else (y * gate, y * gate)
 
 
 def gated_rms_norm(
@@ -27,7 +33,7 @@ def gated_rms_norm(
     kernels = _kernels(y.shape[-1] // groups, y, z, weight)
     if kernels is not None:
         return kernels.gated_rms_norm(y, z, weight, eps, groups, before_gate)
-    value, measured = _gated(y, z, before_gate)
+    value, measured = gated(y, z, before_gate)
     mean = measured.unflatten(-1, (groups, -1)).pow(2).mean(-1, keepdim=True)
     normed = (value.unflatten(-1, (groups, -1)) * torch.rsqrt(mean + eps)).flatten(-2)
     return weight * normed.to(y.dtype)
@@ -40,21 +46,8 @@ def gated_values(
     kernels = _kernels(y.shape[-1], y, z, weight)
     if kernels is not None:
         return kernels.gated_values(y, z, weight, before_gate)
-    value, measured = _gated(y, z, before_gate)
+    value, measured = gated(y, z, before_gate)
     return weight * value.to(y.dtype), measured.pow(2).sum(-1, keepdim=True)
-
-
-def sum_of_squares(y: torch.Tensor, z: torch.Tensor, before_gate: bool) -> torch.Tensor:
-    """That sum alone."""
-    return _gated(y, z, before_gate)[1].pow(2).sum(-1, keepdim=True)
-
-
-def gated_norm_by_mean(
-    y: torch.Tensor, z: torch.Tensor, weight: torch.Tensor, mean: torch.Tensor, eps: float, before_gate: bool
-) -> torch.Tensor:
-    """gated_rms_norm of one group whose mean square [.., 1] is known."""
-    value, _ = _gated(y, z, before_gate)
-    return weight * (value * torch.rsqrt(mean + eps)).to(y.dtype)
 
 
 def pack_sums(product: torch.Tensor, sums: torch.Tensor, rank: int, columns: int) -> torch.Tensor:
@@ -76,12 +69,6 @@ def unpack_sums(packed: torch.Tensor, columns: int, eps: float) -> torch.Tensor:
     return (product.float() * torch.rsqrt(mean + eps)).to(packed.dtype)
 
 
-def _gated(y: torch.Tensor, z: torch.Tensor, before_gate: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """What is to be scaled, without its weight, and what its scale is taken of; both float32."""
-    y, gate = y.float(), F.silu(z.float())
-    return (y * gate, y) if before_gate else (y * gate, y * gate)
-
-
 def _in_columns(numbers: torch.Tensor, dtype: torch.dtype, rank: int, columns: int) -> torch.Tensor:
     """A float32 number as a column of float32, or as three pieces among half-precision columns of zeros."""
     if dtype == torch.float32:
@@ -96,7 +83,7 @@ def _in_columns(numbers: torch.Tensor, dtype: torch.dtype, rank: int, columns: i
 
 def _kernels(width: int, *tensors: torch.Tensor) -> ModuleType | None:
     """gated_norm_triton.py, if it can take these."""
-    if not kernels_can_take(*tensors) or width > WIDEST or not has_triton():
+    if not kernels_can_take(*tensors) or width > WIDEST:
         return None
     from . import gated_norm_triton
 

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from .elementwise_triton import silu
 from .launching import last_axis_dense, row_unit
+from .norm_triton import tile_of
 
 
 def gated_rms_norm(
@@ -41,7 +42,7 @@ def _gate(
         return out
     width = y.shape[-1] // groups
     y, z = (last_axis_dense(t.reshape(-1, t.shape[-1])) for t in (y, z))
-    (tile, warps), unit = _tile_of(width), row_unit(y.stride(0), z.stride(0))
+    (_, tile, warps), unit = tile_of(width), row_unit(y.stride(0), z.stride(0))
     strides = (y.stride(0) // unit, z.stride(0) // unit)
     gate_rows[len(y), groups](
         *(y, z, weight.contiguous(), out, squares, *strides, y.shape[1], eps),
@@ -61,7 +62,7 @@ def pack_sums(product: torch.Tensor, sums: torch.Tensor, rank: int, columns: int
     if not product.numel():
         return packed
     product = last_axis_dense(product.reshape(-1, width))
-    tile, warps = _tile_of(width + columns)
+    _, tile, warps = tile_of(width + columns)
     pack_rows[(len(product),)](
         *(product, sums.contiguous(), packed, product.stride(0), width, 3 * rank, columns), TILE=tile, num_warps=warps
     )
@@ -75,7 +76,7 @@ def unpack_sums(packed: torch.Tensor, columns: int, eps: float) -> torch.Tensor:
     if not out.numel():
         return out
     packed = last_axis_dense(packed.reshape(-1, width + columns))
-    tile, warps = _tile_of(width)
+    _, tile, warps = tile_of(width)
     unpack_rows[(len(packed),)](
         *(packed, out, packed.stride(0), width, columns, eps),
         TILE=tile,
@@ -83,12 +84,6 @@ def unpack_sums(packed: torch.Tensor, columns: int, eps: float) -> torch.Tensor:
         num_warps=warps,
     )
     return out
-
-
-def _tile_of(width: int) -> tuple[int, int]:
-    """Columns (a power of two) and warps of a program."""
-    tile = triton.next_power_of_2(width)
-    return tile, max(1, min(16, tile // 512))
 
 
 @triton.jit

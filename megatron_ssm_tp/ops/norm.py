@@ -1,11 +1,10 @@
 """RMS norms: on GPUs, where autograd records nothing, a kernel (norm_triton.py); elsewhere what it is held to."""
 
-from collections.abc import Sequence
 from types import ModuleType
 
 import torch
 
-from .choose import has_triton, kernels_can_take
+from .choose import kernels_can_take
 
 WIDEST = 65536  # columns of a row that a program can hold
 
@@ -33,11 +32,6 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return weight * rms_normalize(x, eps).to(weight.dtype)
 
 
-def rms_normalize_slices(x: torch.Tensor, sizes: Sequence[int], eps: float) -> torch.Tensor:
-    """rms_normalize of each run of columns: x [.., h], sizes that sum to h; in x's dtype. Its kernel: bcdt.py."""
-    return torch.cat([rms_normalize(part, eps) for part in x.split(tuple(sizes), dim=-1)], dim=-1)
-
-
 def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -61,7 +55,7 @@ def add_rms_norm(
 
 def _kernels(x: torch.Tensor, *others: torch.Tensor) -> ModuleType | None:
     """norm_triton.py, if it can take these."""
-    if not kernels_can_take(x, *others) or x.shape[-1] > WIDEST or not has_triton():
+    if not kernels_can_take(x, *others) or x.shape[-1] > WIDEST:
         return None
     from . import norm_triton
 
