@@ -287,3 +287,23 @@ def fused_and_not(
             without = answers()
     assert calls == found
     return found, with_it, without
+
+
+def in_halves_and_whole(
+    path: Path, prompts: list, n: int, recipe: AllReduceRecipe | None, dtype: str, max_tokens: int
+) -> tuple[int, list, list]:
+    """How many passes were taken in halves; tokens and their log-probabilities then, and of whole passes."""
+    from megatron_ssm_tp.inference.state import CacheLimits
+    from megatron_ssm_tp.layers import stack
+
+    limits = CacheLimits(max_requests=4, max_tokens=max_tokens, max_sequence_length=256)
+    params = SamplingParams(temperature=0, num_tokens_to_generate=n, termination_id=-1, return_log_probs=True)
+    model = LLM.from_pretrained(path, dtype=dtype, tp_allreduce=recipe, limits=limits)
+    with mock.patch.object(stack, "forward_in_halves", side_effect=stack.forward_in_halves) as passes:
+        found = []
+        for overlap_from in (2, None):
+            model.model.decoder.overlap_from = overlap_from
+            outputs = model.generate(prompts, params)
+            found.append([(output.token_ids, output.logprobs) for output in outputs])
+            taken = passes.call_count
+    return taken, *found

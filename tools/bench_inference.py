@@ -16,6 +16,7 @@ import gc
 import json
 import os
 import sys
+from itertools import product
 from pathlib import Path
 from time import perf_counter
 from typing import NamedTuple
@@ -40,12 +41,13 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_ssm_tp.cli.console import Parser, guarded, is_speaker, say
 from megatron_ssm_tp.comm.recipes import RECIPE_NAMES, recipe_by_name
-from megatron_ssm_tp.config import DTYPES, ModelConfig
+from megatron_ssm_tp.config import DTYPES, Layer, ModelConfig
 from megatron_ssm_tp.errors import UserError
 from megatron_ssm_tp.inference.distributed import join
 from megatron_ssm_tp.layers.row_parallel import set_recipes
 from megatron_ssm_tp.ranks import agree, lost_peers_reported
 
+PASSES = ("whole", "halves")
 _PROFILED = 2  # passes
 
 
@@ -54,6 +56,10 @@ def read_args(argv: list[str] | None = None) -> argparse.Namespace:
     commands = made.add_subparsers(dest="command", required=True)
     prefill = commands.add_parser("prefill", help="prompts, a pass each")
     prefill.add_argument("--shapes", nargs="+", default=["1x8192", "8x2048"], metavar="PROMPTSxTOKENS")
+    passes = "whole, or in two halves of the tokens of which one's sums travel while the other's products run"
+    prefill.add_argument(
+        "--passes", nargs="+", default=["whole"], metavar="PASSES", help=f"{', '.join(PASSES)}: {passes}"
+    )
     prefill.add_argument("--parts", action="store_true", help="a layer's time by part, from the profiler")
     _add_common(prefill)
     return made.parse_args(argv)
@@ -85,9 +91,15 @@ def check(args: argparse.Namespace, ranks: int) -> Asked:
         recipe_by_name(recipe)
         if recipe != "none" and ranks == 1:
             raise UserError("--recipes", recipe, "one rank reduces nothing", "none, or torchrun --nproc-per-node 2")
+    for passes in args.passes:
+        if passes not in PASSES:
+            raise UserError("--passes", passes, "is no way to make a pass", ", ".join(PASSES))
     check_writable("--json", args.json)
     check_plot(args.plot)
     models = {_title(name): read_model(_raw(name), args.layers) for name in args.models}
+    for name, (model, _) in models.items():
+        if "halves" in args.passes and model.count(Layer.SSM) != len(model.layers):
+            raise UserError("--passes", "halves", f"{name} has other layers than SSMs", "whole")
     return Asked(models, [_shape(text) for text in args.shapes], getattr(torch, args.dtype))
 
 
@@ -145,10 +157,11 @@ class Bench:
         passing, note = tried(lambda: ours.prefill(*shape), self.device)
         if passing is None:
             return [blank._replace(note=note)]
-        for recipe in self.args.recipes:
+        for recipe, passes in product(self.args.recipes, self.args.passes):
             set_recipes(ours.model, recipe_by_name(recipe))
-            cell = blank if recipe == "none" else blank._replace(way=f"{blank.way}, {recipe}")
-            cell = self._timed(ours, passing, cell)
+            ours.model.decoder.overlap_from = 2 if passes == "halves" else None
+            chosen = [word for word in (recipe, passes) if word not in ("none", "whole")]
+            cell = self._timed(ours, passing, blank._replace(way=", ".join([blank.way, *chosen])))
             if self.args.parts and cell.ms:
                 cell = cell._replace(parts=self._parts(ours, passing))
             found.append(cell)

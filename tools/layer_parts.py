@@ -57,6 +57,8 @@ def _places(model: nn.Module) -> Iterator[tuple[Any, str, str]]:
             yield module, "forward", part
         if isinstance(module, layer_module.MixerLayer):
             yield module, "with_next_norm", AROUND
+            yield module, "sum_and_norm", AROUND
+            yield module, "partial", REST
         if isinstance(module, SSMMixer):
             yield module, "ssm_prefill", "scan"
             yield module, "ssm_decode", "scan"

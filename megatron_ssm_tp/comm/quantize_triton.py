@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .kernel_calls import KernelCall, variant
+from ..ops.kernel_calls import KernelCall, variant
 from .payload import Layout
 from .tiles import addresses, decode_tile, encode_tile
 
@@ -202,7 +202,7 @@ def _call(
         "BLOCKS": a_tile,
         "RANKS": ranks,
     }
-    return KernelCall(kernel, triton.cdiv(blocks, a_tile), arguments, _LAUNCH)
+    return KernelCall(kernel, (triton.cdiv(blocks, a_tile),), arguments, _LAUNCH)
 
 
 def row_strides(x: torch.Tensor) -> tuple[int, int] | None:

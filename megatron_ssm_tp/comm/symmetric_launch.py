@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import triton
 
-from .kernel_calls import KernelCall, variant
+from ..ops.kernel_calls import KernelCall, variant
 from .recipes import AllReduceRecipe
 from .symmetric_triton import EXACT_TILE, one_shot, two_shot
 from .tile_steps import Shape
@@ -158,4 +158,4 @@ def _call(
     options = {"num_warps": how.warps, "enable_fp_fusion": False}
     if how.registers:
         options["maxnreg"] = how.registers
-    return KernelCall(kernel, programs + exact_programs, arguments, options)
+    return KernelCall(kernel, (programs + exact_programs,), arguments, options)

@@ -1,5 +1,7 @@
 """Megatron's MambaLayer, x + mixer(norm(x)), for mixers of every kind."""
 
+from collections.abc import Callable
+
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.inference.contexts import BaseInferenceContext
@@ -11,6 +13,8 @@ from ..comm.fused import all_reduce_add_norm
 from ..ops.norm import add_rms_norm
 from .norm import LocalRMSNorm
 from .row_parallel import recipe_now, unreduced
+
+Partial = tuple[torch.Tensor, Callable | None]  # of SSMMixer.partial
 
 
 class MixerLayer(MambaLayer):
@@ -57,14 +61,38 @@ class MixerLayer(MambaLayer):
         Returns:
             The residual stream behind this layer, and `following` of it.
         """
-        residual = hidden_states.float() if self.config.fp32_residual_connection else hidden_states
-        linear = self.mixer.last_linear
+        residual, linear = self._residual(hidden_states), self.mixer.last_linear
         recipe = recipe_now(linear) if linear is not None and linear.bias is None else None
         if recipe is not None:
             with unreduced(linear):
                 partial, _ = self.mixer(normed, inference_context=context)
             return all_reduce_add_norm(partial, residual, following.weight, following.eps, linear.tp_group, recipe)
-        out, bias = self.mixer(normed, inference_context=context)
-        if bias is not None:
-            out = out.to(residual.dtype) + bias.to(residual.dtype)
-        return add_rms_norm(out, residual, following.weight, following.eps)
+        return _add_and_norm(*self.mixer(normed, inference_context=context), residual, following)
+
+    # with_next_norm in two steps, of a layer whose mixer is an SSM's
+
+    def partial(self, normed: torch.Tensor, context: BaseInferenceContext) -> Partial:
+        """All up to this rank's part of out_proj's product."""
+        return self.mixer.partial(*self.mixer.mix(normed, context))
+
+    def sum_and_norm(
+        self, partial: Partial, hidden_states: torch.Tensor, following: LocalRMSNorm
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rest: the sum over the ranks, the addition and the next norm. May overwrite `partial`."""
+        residual, linear = self._residual(hidden_states), self.mixer.last_linear
+        recipe = recipe_now(linear) if linear is not None and linear.bias is None else None
+        if recipe is None:
+            return _add_and_norm(self.mixer.summed(*partial), self.mixer.out_proj.bias, residual, following)
+        norm = following.weight, following.eps
+        return all_reduce_add_norm(partial[0], residual, *norm, linear.tp_group, recipe)
+
+    def _residual(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states.float() if self.config.fp32_residual_connection else hidden_states
+
+
+def _add_and_norm(
+    out: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor, following: LocalRMSNorm
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if bias is not None:
+        out = out.to(residual.dtype) + bias.to(residual.dtype)
+    return add_rms_norm(out, residual, following.weight, following.eps)

@@ -124,7 +124,7 @@ class Mamba1Mixer(SSMMixer):
         else:
             bcdt, _ = self.x_proj(convolved)
         dt, bc = split_bcdt(bcdt, self.dims.dt_rank, self.dims.d_state, self.dims.bcdt_norm_eps)
-        if self.head_group is not None:
+        if self.head_group is not None and torch.is_grad_enabled():
             bc = copy_to_tensor_model_parallel_region(bc, group=self.head_group)
         B, C = bc.chunk(2, dim=-1)
         if isinstance(self.dt_proj, _HeadsLinear):

@@ -128,14 +128,17 @@ class Mamba2Mixer(SSMMixer):
     def finish(self, y: torch.Tensor, around: Tensors) -> tuple[torch.Tensor, torch.Tensor | None]:
         if not self._norm_rides:
             return self.out_proj(self._gated(y, around[0]))
-        packed, complete = self.partial(y, around)
-        reduced = reduce_partial(self.out_proj, packed, self.norm.columns(packed.dtype))
-        return complete(reduced), self.out_proj.bias
+        return self.summed(*self.partial(y, around)), self.out_proj.bias
 
     def partial(self, y: torch.Tensor, around: Tensors) -> tuple[torch.Tensor, Callable | None]:
         if not self._norm_rides:
             return partial_product(self.out_proj, self._gated(y, around[0])), None
         return self.norm.packed_product(y, around[0], self.out_proj), self.norm.unpack
+
+    def summed(self, partial: torch.Tensor, complete: Callable | None) -> torch.Tensor:
+        if complete is None:
+            return reduce_partial(self.out_proj, partial)
+        return complete(reduce_partial(self.out_proj, partial, self.norm.columns(partial.dtype)))
 
     @property
     def last_linear(self) -> nn.Module | None:

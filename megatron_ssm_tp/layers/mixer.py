@@ -23,6 +23,7 @@ from ..errors import UserError
 from ..ops.choose import implementation
 from ..partition.parameters import Table
 from .partitioned import PartitionedModule
+from .row_parallel import reduce_partial
 
 States = tuple[torch.Tensor, torch.Tensor]
 Tensors = tuple[torch.Tensor, ...]
@@ -110,6 +111,10 @@ class SSMMixer(PartitionedModule):
         """out_proj before its reduction, and what makes the product of the reduced; None: it is the product."""
         raise TypeError(f"{type(self).__name__} does not define partial")
 
+    def summed(self, partial: torch.Tensor, complete: Callable | None) -> torch.Tensor:
+        """out_proj's product, of what `partial` gives."""
+        return reduce_partial(self.out_proj, partial)
+
     @property
     def last_linear(self) -> nn.Module | None:
         """The linear whose reduced product is the output; None: the sum is worked on, see `partial`."""
@@ -182,7 +187,10 @@ class SSMMixer(PartitionedModule):
         metadata, batch = context.mamba_metadata, context.batch_dimensions
         decodes, prefills, tokens = batch.decode_req_count, batch.prefill_req_count, batch.token_count
         x = x.squeeze(1)
-        decode, prefill = slice(0, decodes), slice(decodes, len(x))  # padding goes with the prompts, which leave it out
+        decode, prefill = (
+            slice(0, decodes),
+            slice(decodes, x.shape[0]),
+        )  # padding goes with the prompts, which leave it out
         parts = []
         if decodes:
             decode_slots = metadata.batch_indices_decode[:decodes]
@@ -208,11 +216,11 @@ def _part(tokens: Sequence[torch.Tensor], part: slice) -> Tensors:
 
 def _joined(parts: list[torch.Tensor], tokens: int, like: torch.Tensor) -> torch.Tensor:
     """Parts [.., D] end to end, as many rows as `like`, zero from `tokens` on. One part that is whole is not copied."""
-    missing = len(like) - sum(map(len, parts))
+    missing = like.shape[0] - sum(part.shape[0] for part in parts)
     if missing:
         parts = [*parts, like.new_empty(missing, *like.shape[1:])]
     whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-    if tokens < len(whole):
+    if tokens < whole.shape[0]:
         whole[tokens:] = 0
     return whole
 

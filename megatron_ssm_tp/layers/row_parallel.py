@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel import RowParallelLinear
 from megatron.core.tensor_parallel.mappings import _reduce as all_reduce_in_place
 from megatron.core.tensor_parallel.mappings import (
-    reduce_from_tensor_model_parallel_region,
     reduce_scatter_to_sequence_parallel_region,
     scatter_to_tensor_model_parallel_region,
 )
@@ -62,7 +61,7 @@ class RecipeRowParallelLinear(RowParallelLinear):
         return out + self.bias, None
 
 
-def recipe_now(linear: nn.Module) -> AllReduceRecipe | None:
+def recipe_now(linear: nn.Module | None) -> AllReduceRecipe | None:
     """The recipe that `linear`'s reduction follows now; None for linears of other makes (Transformer Engine's: see
     te_row_parallel.py), and for those of experts, whose sums are not reduced by them."""
     if not isinstance(linear, RecipeRowParallelLinear) or linear.sequence_parallel or linear.tp_group.size() == 1:
@@ -96,8 +95,6 @@ def reduce_partial(linear: RowParallelLinear, partial: torch.Tensor, exact_colum
     recipe = recipe_now(linear)
     if recipe is not None and linear.left_partial:
         return partial
-    if recipe is None:
-        return reduce_from_tensor_model_parallel_region(partial, group=linear.tp_group)
     return mappings.reduce_from_tensor_model_parallel_region(partial, linear.tp_group, recipe, exact_columns)
 
 

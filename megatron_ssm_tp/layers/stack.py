@@ -12,9 +12,11 @@ from megatron.core.utils import WrappedTensor, deprecate_inference_params, make_
 
 from ..errors import UserError
 from .attention import Attention
+from .halves import forward_in_halves, prompt_lengths
 from .layer import MixerLayer
 from .mixer import SSMMixer
 from .norm import LocalRMSNorm
+from .row_parallel import RecipeRowParallelLinear, recipe_now
 from .shared_block import SharedBlockLayer, SharedBlocks
 
 
@@ -27,6 +29,8 @@ class SSMStack(HybridStack):
       and values, finds the second behind those of all layers. A stack without attention lists one that nothing writes,
       because DynamicInferenceContext refuses models without any; `inference.state` sizes it to next to nothing.
     """
+
+    overlap_from: int | None = None  # see set_overlap
 
     def __init__(self, *args, post_layer_norm: bool = True, embedding_multiplier: float = 1.0, **kwargs) -> None:
         super().__init__(*args, post_layer_norm=False, **kwargs)
@@ -82,9 +86,20 @@ class SSMStack(HybridStack):
             return False
         return len(self.layers) > 0 and all(type(layer) is MixerLayer and layer.adds_plainly for layer in self.layers)
 
+    def _overlapped(self, context: BaseInferenceContext) -> list[int] | None:
+        """The lengths of the prompts of a pass that is taken in halves; None: it is not."""
+        prompts = context.batch_dimensions.token_count - context.batch_dimensions.decode_req_count
+        if self.overlap_from is None or prompts < max(2, self.overlap_from):
+            return None
+        return prompt_lengths(context) if all(map(_reduces_alone, self.layers)) else None
+
     def _fused(self, hidden_states: torch.Tensor, context: BaseInferenceContext) -> torch.Tensor:
         """The layers, each with the norm that follows it: [l, b, h] -> [l, b, h] after the final norm."""
         layers, dtype = list(self.layers), self.config.params_dtype
+        lengths = self._overlapped(context)
+        if lengths:
+            both = forward_in_halves(layers, self.final_norm, hidden_states, context, lengths)
+            return torch.cat([normed if stream.dtype == dtype else self.final_norm(stream) for stream, normed in both])
         normed = layers[0].norm(hidden_states.to(dtype))
         for layer, following in pairwise(layers):
             hidden_states, normed = layer.with_next_norm(hidden_states, normed, following.norm, context)
@@ -92,6 +107,14 @@ class SSMStack(HybridStack):
             return layers[-1].with_next_norm(hidden_states, normed, self.final_norm, context)[1]
         # The final norm takes a float32 stream as it is.
         return self.final_norm(layers[-1](hidden_states, inference_context=context))
+
+
+def _reduces_alone(layer: MixerLayer) -> bool:
+    """Whether its mixer is an SSM's, and no reduction but the last goes by a recipe."""
+    mixer = layer.mixer
+    if not (isinstance(mixer, SSMMixer) and isinstance(mixer.out_proj, RecipeRowParallelLinear)):
+        return False
+    return recipe_now(getattr(mixer, "x_proj", None)) is None
 
 
 def _unwrapped(hidden_states: torch.Tensor | WrappedTensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .kernel_calls import launch
 from .launching import last_axis_dense
 from .norm_triton import tile_of
 
@@ -17,8 +18,11 @@ def split_bcdt(bcdt: torch.Tensor, dt_rank: int, d_state: int, eps: float | None
         return dt, bc
     x = last_axis_dense(bcdt.reshape(-1, columns))
     rows_at_a_time, width, warps = tile_of(columns)
-    split_rows[(triton.cdiv(len(x), rows_at_a_time),)](
-        *(x, dt, bc, len(x), x.stride(0), eps or 0.0),
+    launch(
+        split_rows,
+        (-(-x.shape[0] // rows_at_a_time),),
+        (x, dt, bc),
+        (x.shape[0], x.stride(0), eps or 0.0),
         BOUNDS=(0, dt_rank, dt_rank + d_state, columns),
         NORMED=eps is not None,
         WIDTH=width,

@@ -8,6 +8,7 @@ import torch
 
 from ..errors import UserError
 from .conv1d_triton import conv1d_chunks, conv1d_step
+from .kernel_calls import launch
 from .launching import dense_states, last_axis_dense, row_unit
 
 Tile = tuple[int, int, int, int]  # of a program: tokens, channels, warps, and tokens loaded at a time
@@ -47,10 +48,12 @@ def causal_conv1d_varlen(
     tokens, channels, warps, group = tile or _tile_for(x.shape[1])
     if tokens < weight.shape[1] - 1:
         raise UserError("tile", tile, f"has too few tokens before those of {weight.shape[1]} taps", "more tokens")
-    grid, unit = (-(-x.shape[1] // channels), len(x) // tokens + sequences), row_unit(x.stride(0))
-    conv1d_chunks[grid](
-        *(x, weight, bias, out, cached, slots, cu_seqlens, sequences),
-        *(x.shape[1], x.stride(0) // unit, cached.stride(0)),
+    grid, unit = (-(-x.shape[1] // channels), x.shape[0] // tokens + sequences), row_unit(x.stride(0))
+    launch(
+        conv1d_chunks,
+        grid,
+        (x, weight, bias, out, cached, slots, cu_seqlens),
+        (sequences, x.shape[1], x.stride(0) // unit, cached.stride(0)),
         UNIT=unit,
         WIDTH=weight.shape[1],
         TOKENS=tokens,
@@ -76,8 +79,11 @@ def causal_conv1d_step(
     if not out.numel():
         return out
     x, weight, cached = last_axis_dense(x), weight.contiguous(), dense_states(states)
-    conv1d_step[-(-x.shape[1] // STEP_CHANNELS), len(x)](
-        *(x, weight, bias, out, cached, slots, x.shape[1], x.stride(0), cached.stride(0)),
+    launch(
+        conv1d_step,
+        (-(-x.shape[1] // STEP_CHANNELS), x.shape[0]),
+        (x, weight, bias, out, cached, slots),
+        (x.shape[1], x.stride(0), cached.stride(0)),
         WIDTH=weight.shape[1],
         CHANNELS=STEP_CHANNELS,
         num_warps=4,

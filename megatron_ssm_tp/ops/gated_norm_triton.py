@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 
 from .elementwise_triton import silu
-from .launching import last_axis_dense, row_unit
+from .kernel_calls import launch
+from .launching import last_axis_dense, power_of_two, row_unit
 from .norm_triton import tile_of
 
 
@@ -44,8 +45,11 @@ def _gate(
     y, z = (last_axis_dense(t.reshape(-1, t.shape[-1])) for t in (y, z))
     (_, tile, warps), unit = tile_of(width), row_unit(y.stride(0), z.stride(0))
     strides = (y.stride(0) // unit, z.stride(0) // unit)
-    gate_rows[len(y), groups](
-        *(y, z, weight.contiguous(), out, squares, *strides, y.shape[1], eps),
+    launch(
+        gate_rows,
+        (y.shape[0], groups),
+        (y, z, weight.contiguous(), out, squares),
+        (*strides, y.shape[1], eps),
         UNIT=unit,
         WIDTH=width,
         TILE=tile,
@@ -63,9 +67,8 @@ def pack_sums(product: torch.Tensor, sums: torch.Tensor, rank: int, columns: int
         return packed
     product = last_axis_dense(product.reshape(-1, width))
     _, tile, warps = tile_of(width + columns)
-    pack_rows[(len(product),)](
-        *(product, sums.contiguous(), packed, product.stride(0), width, 3 * rank, columns), TILE=tile, num_warps=warps
-    )
+    tensors, numbers = (product, sums.contiguous(), packed), (product.stride(0), width, 3 * rank, columns)
+    launch(pack_rows, (product.shape[0],), tensors, numbers, TILE=tile, num_warps=warps)
     return packed
 
 
@@ -77,10 +80,13 @@ def unpack_sums(packed: torch.Tensor, columns: int, eps: float) -> torch.Tensor:
         return out
     packed = last_axis_dense(packed.reshape(-1, width + columns))
     _, tile, warps = tile_of(width)
-    unpack_rows[(len(packed),)](
-        *(packed, out, packed.stride(0), width, columns, eps),
+    launch(
+        unpack_rows,
+        (packed.shape[0],),
+        (packed, out),
+        (packed.stride(0), width, columns, eps),
         TILE=tile,
-        SUMS=triton.next_power_of_2(columns),
+        SUMS=power_of_two(columns),
         num_warps=warps,
     )
     return out

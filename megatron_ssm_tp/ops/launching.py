@@ -48,6 +48,11 @@ def even_chunk(tokens: int, sequences: int, size: int) -> int:
     return -(-mean // round(mean / size))
 
 
+def power_of_two(size: int) -> int:
+    """The least that is no less than size. Triton's own function of the host's costs the host much more."""
+    return 1 << (size - 1).bit_length()
+
+
 @cache
 def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -8,25 +8,26 @@ import torch
 import triton
 import triton.language as tl
 
-from .launching import last_axis_dense
+from .kernel_calls import launch
+from .launching import last_axis_dense, power_of_two
 
 Launch = tuple[int, int]  # rows and warps of a program
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, launch: Launch | None = None) -> torch.Tensor:
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, how: Launch | None = None) -> torch.Tensor:
     """norm.rms_norm."""
     out = torch.empty(x.shape, dtype=weight.dtype, device=x.device)
-    _launch(x, None, weight, None, out, eps, launch)
+    _launch(x, None, weight, None, out, eps, how)
     return out
 
 
 def add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, launch: Launch | None = None
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, how: Launch | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """norm.add_rms_norm."""
     stream = torch.empty(x.shape, dtype=residual.dtype, device=x.device)
     out = torch.empty(x.shape, dtype=weight.dtype, device=x.device)
-    _launch(x, residual, weight, stream, out, eps, launch)
+    _launch(x, residual, weight, stream, out, eps, how)
     return stream, out
 
 
@@ -37,7 +38,7 @@ def _launch(
     stream: torch.Tensor | None,
     out: torch.Tensor,
     eps: float,
-    launch: Launch | None,
+    how: Launch | None,
 ) -> None:
     columns = x.shape[-1]
     if not x.numel():
@@ -46,10 +47,12 @@ def _launch(
     if residual is not None:
         residual = last_axis_dense(residual.reshape(-1, columns))
     weight = weight.contiguous()
-    rows_at_a_time, width, warps = tile_of(columns, launch)
-    normalize_rows[(triton.cdiv(len(x), rows_at_a_time),)](
-        *(x, residual, weight, stream, out),
-        *(len(x), x.stride(0), 0 if residual is None else residual.stride(0), eps),
+    rows_at_a_time, width, warps = tile_of(columns, how)
+    launch(
+        normalize_rows,
+        (-(-x.shape[0] // rows_at_a_time),),
+        (x, residual, weight, stream, out),
+        (x.shape[0], x.stride(0), 0 if residual is None else residual.stride(0), eps),
         COLUMNS=columns,
         WIDTH=width,
         ROWS=rows_at_a_time,
@@ -57,10 +60,10 @@ def _launch(
     )
 
 
-def tile_of(columns: int, launch: Launch | None = None) -> tuple[int, int, int]:
+def tile_of(columns: int, how: Launch | None = None) -> tuple[int, int, int]:
     """Rows, columns (a power of two) and warps of a program for rows of so many columns."""
-    width = triton.next_power_of_2(columns)
-    rows, warps = launch or (max(1, 512 // width), max(1, min(16, width // 512)))
+    width = power_of_two(columns)
+    rows, warps = how or (max(1, 512 // width), max(1, min(16, width // 512)))
     return rows, width, warps
 
 

@@ -23,9 +23,9 @@ and y.
 from dataclasses import dataclass
 
 import torch
-import triton
 
-from .launching import Chunks, dense_states, even_chunk, last_axis_dense, multiprocessors
+from .kernel_calls import launch
+from .launching import Chunks, dense_states, even_chunk, last_axis_dense, multiprocessors, power_of_two
 from .selective_scan_triton import scan_chunks
 from .state_step_triton import state_step
 
@@ -101,7 +101,7 @@ def selective_scan_varlen(
         return out
     x, dt, z = (last_axis_dense(t) for t in (x, dt, z))
     A, D, dt_bias, cached = A.float().contiguous(), D.contiguous(), dt_bias.contiguous(), dense_states(states)
-    shape = ScanShape(len(x), cu_seqlens.numel() - 1, x.shape[1], 1 if B.dim() == 2 else B.shape[1], A.shape[1])
+    shape = ScanShape(x.shape[0], cu_seqlens.numel() - 1, x.shape[1], 1 if B.dim() == 2 else B.shape[1], A.shape[1])
     how = how or launch_for(shape.tokens, shape.sequences, shape.warps, multiprocessors(x.device))
     lanes, chunks = shape.lanes(how.warps), Chunks(shape.tokens, shape.sequences, how.chunk)
     grid = shape.grid(lanes, chunks.programs)
@@ -114,8 +114,8 @@ def selective_scan_varlen(
     options |= {"num_warps": how.warps, "maxnreg": how.max_registers}
     options["ONE_EACH"] = chunks.one_each
     if chunks.cut:
-        scan_chunks[grid](*given, *numbers, POLYNOMIAL=how.states_polynomial, STATES_ONLY=True, **options)
-    scan_chunks[grid](*given, *numbers, POLYNOMIAL=how.polynomial, STATES_ONLY=False, **options)
+        launch(scan_chunks, grid, given, numbers, POLYNOMIAL=how.states_polynomial, STATES_ONLY=True, **options)
+    launch(scan_chunks, grid, given, numbers, POLYNOMIAL=how.polynomial, STATES_ONLY=False, **options)
     if cached is not states:
         states.copy_(cached)
     return out
@@ -144,13 +144,12 @@ def selective_state_step(
     x, dt, z = (last_axis_dense(t) for t in (x, dt, z))
     B, C = _by_head(B), _by_head(C)
     A, D, dt_bias, cached = A.float().contiguous(), D.contiguous(), dt_bias.contiguous(), dense_states(states)
-    shape = ScanShape(len(x), len(x), x.shape[1], B.shape[1], A.shape[1])
+    shape = ScanShape(x.shape[0], x.shape[0], x.shape[1], B.shape[1], A.shape[1])
     lanes = max(1, 1024 // shape.padded)  # of two channels; 16 states a thread
-    strides = (x.stride(0), dt.stride(0), z.stride(0), *B.stride()[:2], *C.stride()[:2], cached.stride(0))
-    given = (x, dt, z, out, A, B, C, D, dt_bias, cached, slots)
-    state_step[shape.grid(lanes, len(x))](
-        *given, *shape.geometry(lanes), *strides, N=shape.padded, CHANNELS=2 * lanes, num_warps=4
-    )
+    numbers = shape.geometry(lanes)
+    numbers += (x.stride(0), dt.stride(0), z.stride(0), *B.stride()[:2], *C.stride()[:2], cached.stride(0))
+    given, grid = (x, dt, z, out, A, B, C, D, dt_bias, cached, slots), shape.grid(lanes, x.shape[0])
+    launch(state_step, grid, given, numbers, N=shape.padded, CHANNELS=2 * lanes, num_warps=4)
     if cached is not states:
         states.copy_(cached)
     return out
@@ -167,7 +166,7 @@ class ScanShape:
     @property
     def padded(self) -> int:
         """The power of two that holds a state."""
-        return triton.next_power_of_2(self.d_state)
+        return power_of_two(self.d_state)
 
     @property
     def head_channels(self) -> int:

@@ -26,10 +26,10 @@ a block: decays are off by 2^-24 of these, to which a step adds 150 at most, how
 from dataclasses import dataclass
 
 import torch
-import triton
 import triton.language as tl
 
-from .launching import Chunks, dense_states, even_chunk, last_axis_dense, multiprocessors
+from .kernel_calls import launch
+from .launching import Chunks, dense_states, even_chunk, last_axis_dense, multiprocessors, power_of_two
 from .ssd_states_triton import block_decays, chunk_states
 from .ssd_step_triton import ssd_state_step
 from .ssd_triton import scan_chunks
@@ -110,9 +110,11 @@ def ssd_varlen(
     A, D, dt_bias, cached = A.float().contiguous(), D.contiguous(), dt_bias.contiguous(), dense_states(states)
     shape, how = _Shape(*x.shape, *B.shape[1:], cu_seqlens.numel() - 1), how or launch_for(x.dtype, B.shape[2])
     step, total = A.new_empty(2, shape.heads, shape.tokens)
-    block_decays[shape.grid(how.block, -(-shape.heads // _HEADS_OF_DECAYS))](
-        *(dt, A, dt_bias, step, total, cu_seqlens, shape.sequences, shape.tokens, shape.heads, dt.stride(0)),
-        *map(float, dt_limit),
+    launch(
+        block_decays,
+        shape.grid(how.block, -(-shape.heads // _HEADS_OF_DECAYS)),
+        (dt, A, dt_bias, step, total, cu_seqlens),
+        (shape.sequences, shape.tokens, shape.heads, dt.stride(0), *map(float, dt_limit)),
         BLOCK=how.block,
         HEADS=_HEADS_OF_DECAYS,
     )
@@ -122,16 +124,17 @@ def ssd_varlen(
     starts = A.new_empty(chunks.slots, shape.heads, shape.channels, shape.d_state)
     decays = A.new_empty(chunks.slots, shape.heads)
     where = (step, total, cached, slots, cu_seqlens, starts, decays)
-    where += (shape.sequences, chunk, *shape.geometry(how.channels))
+    numbers = (shape.sequences, chunk, *shape.geometry(how.channels))
     options = shape.tiles(how.channels) | {"BLOCK": how.block, "MASKED": shape.masked(how.channels)}
     options["PRODUCT"], options["PRECISION"] = _PRODUCTS[x.dtype]
     options["ONE_EACH"] = chunks.one_each
     if chunks.cut:
         strides = (x.stride(0), B.stride(0), cached.stride(0))
-        launch = {"num_warps": how.states_warps, "num_stages": how.states_stages}
-        chunk_states[grid](x, B, *where, *strides, **options, **launch)
+        options |= {"num_warps": how.states_warps, "num_stages": how.states_stages}
+        launch(chunk_states, grid, (x, B, *where), numbers + strides, **options)
     strides = (x.stride(0), B.stride(0), C.stride(0), cached.stride(0))
-    scan_chunks[grid](x, B, C, D, out, *where, *strides, **options, num_warps=how.warps, num_stages=how.stages)
+    options |= {"num_warps": how.warps, "num_stages": how.stages}
+    launch(scan_chunks, grid, (x, B, C, D, out, *where), numbers + strides, **options)
     if cached is not states:
         states.copy_(cached)
     return out
@@ -159,19 +162,14 @@ def ssd_step(
         return out
     x, B, C, dt = _dense_rows(x), _dense_rows(B), _dense_rows(C), last_axis_dense(dt)
     A, D, dt_bias, cached = A.float().contiguous(), D.contiguous(), dt_bias.contiguous(), dense_states(states)
-    shape = _Shape(*x.shape, *B.shape[1:], len(x))
-    N = triton.next_power_of_2(shape.d_state)
-    P = min(triton.next_power_of_2(shape.channels), max(1, _STEP_VALUES // N))
+    shape = _Shape(*x.shape, *B.shape[1:], x.shape[0])
+    N = power_of_two(shape.d_state)
+    P = min(power_of_two(shape.channels), max(1, _STEP_VALUES // N))
     blocks = -(-shape.channels // P)
-    ssd_state_step[shape.heads * blocks, len(x)](
-        *(x, dt, out, A, B, C, D, dt_bias, cached, slots),
-        *(shape.heads, shape.heads // shape.groups, shape.channels, blocks, shape.d_state),
-        *(x.stride(0), dt.stride(0), B.stride(0), C.stride(0), cached.stride(0)),
-        *map(float, dt_limit),
-        P=P,
-        N=N,
-        num_warps=4,
-    )
+    numbers = (shape.heads, shape.heads // shape.groups, shape.channels, blocks, shape.d_state)
+    numbers += (x.stride(0), dt.stride(0), B.stride(0), C.stride(0), cached.stride(0), *map(float, dt_limit))
+    given, grid = (x, dt, out, A, B, C, D, dt_bias, cached, slots), (shape.heads * blocks, x.shape[0])
+    launch(ssd_state_step, grid, given, numbers, P=P, N=N, num_warps=4)
     if cached is not states:
         states.copy_(cached)
     return out
@@ -217,7 +215,7 @@ class _Shape:
 
 
 def _tile(size: int) -> int:
-    return max(16, triton.next_power_of_2(size))
+    return max(16, power_of_two(size))
 
 
 def _dense_rows(x: torch.Tensor) -> torch.Tensor:
