@@ -307,3 +307,12 @@ def in_halves_and_whole(
             found.append([(output.token_ids, output.logprobs) for output in outputs])
             taken = passes.call_count
     return taken, *found
+
+
+def error_of_overlap(path: Path, overlap_from: list) -> str:
+    """The one line of a model that this rank asks to overlap so."""
+    try:
+        LLM.from_pretrained(path, tp_overlap_from=overlap_from[groups().tp.rank()])
+    except UserError as error:
+        return str(error)
+    return ""

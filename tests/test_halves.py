@@ -44,6 +44,20 @@ def test_a_float32_stream_stays_one(world, tiny, recipe):
             np.testing.assert_allclose(logprobs[:1], expected[:1], atol=0.03)
 
 
+@pytest.mark.parametrize(
+    ("family", "asked", "message"),
+    [
+        ("mamba", [0, 0], "tp_overlap_from=0: is no number of tokens; legal: an integer from 1, or None"),
+        ("mamba", [64.0, 64.0], "tp_overlap_from=64.0: is no number of tokens; legal: an integer from 1, or None"),
+        ("mamba", [64, None], "tp_overlap_from='that of rank 1': differs from rank 0's; legal: the same on all ranks"),
+        ("zamba2", [64, 64], "tp_overlap_from=64: the model has other layers than SSMs; legal: None"),
+    ],
+)
+def test_what_cannot_be_overlapped_is_refused(world, tiny, family, asked, message):
+    for found in world(2).run(quantized_jobs.error_of_overlap, tiny(family).path, asked):
+        assert found == message
+
+
 lengths = st.lists(st.integers(1, 300), min_size=1, max_size=6).filter(lambda found: sum(found) > 1)
 
 

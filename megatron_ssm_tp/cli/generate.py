@@ -72,6 +72,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="YAML that names a recipe for each site instead, by globs on module names: grammar in docs/recipes.md",
     )
     parser.add_argument(
+        "--tp-overlap-from",
+        type=int,
+        metavar="N",
+        help="steps over N tokens of prompts or more go in two halves, one's sums travelling while the other computes: "
+        "for slow links, and models of SSM layers alone (default: never)",
+    )
+    parser.add_argument(
         "--json", nargs="?", const=STDOUT, metavar="FILE", help="a JSON report: instead of text, or into FILE beside it"
     )
 
@@ -153,6 +160,7 @@ def run(args: argparse.Namespace) -> None:
         limits=limits,
         seed=args.seed,
         tp_allreduce=recipes,
+        tp_overlap_from=args.tp_overlap_from,
     )
     started = time.monotonic()
     pieces = llm.stream(prompts, params)

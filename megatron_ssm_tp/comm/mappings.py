@@ -51,12 +51,9 @@ def reduce_from_tensor_model_parallel_region(
     """
     if group.size() == 1:
         return x
+    quantized = is_quantized(x, group, recipe)
     if not torch.is_grad_enabled():  # an autograd function costs the host more than a launch
-        return (
-            all_reduce(x, group, recipe, exact_columns)
-            if is_quantized(x, group, recipe)
-            else megatron._reduce(x, group)
-        )
-    if not is_quantized(x, group, recipe):
+        return all_reduce(x, group, recipe, exact_columns) if quantized else megatron._reduce(x, group)
+    if not quantized:
         return megatron.reduce_from_tensor_model_parallel_region(x, group=group)
     return _ReduceFromModelParallelRegion.apply(x, group, recipe, exact_columns)

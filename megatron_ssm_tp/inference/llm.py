@@ -15,7 +15,7 @@ from ..comm.recipe_book import RecipeBook, as_book
 from ..comm.recipe_file import FILE
 from ..comm.recipes import AllReduceRecipe
 from ..compat.cpu import megatron_on_cpu
-from ..config import DTYPES
+from ..config import DTYPES, Layer
 from ..errors import UserError, renamed
 from ..layers.model import SSMModel, build_model
 from ..layers.row_parallel import set_recipes
@@ -90,6 +90,7 @@ class LLM:
         seed: int = 0,
         exact_norm: bool = False,
         tp_allreduce: AllReduceRecipe | RecipeBook | None = None,
+        tp_overlap_from: int | None = None,
     ) -> "LLM":
         """Load a Hugging Face or state-spaces checkpoint, each rank its share.
 
@@ -102,6 +103,9 @@ class LLM:
             seed: of the sampling generator, the same on every rank.
             tp_allreduce: how the ranks' partial sums travel: a recipe for all sites but x_proj's, or a book of recipes
                 by site, none of whose enabled matchers may fit no site; None is Megatron's own all-reduce.
+            tp_overlap_from: passes over this many tokens of prompts or more go in two halves, one's partial sums
+                travelling while the other's products run, where all layers are SSMs (layers/halves.py). It pays where
+                links are slow, docs/performance.md; None is never.
             exact_norm: a Mamba-2 norm that spans ranks is finished before out_proj, by an all-reduce of its own.
 
         Raises:
@@ -113,12 +117,16 @@ class LLM:
         tp = groups.tp.size()
 
         check_seed(seed)
+        if tp_overlap_from is not None and (type(tp_overlap_from) is not int or tp_overlap_from < 1):
+            raise UserError("tp_overlap_from", tp_overlap_from, "is no number of tokens", "an integer from 1, or None")
 
         def read_headers() -> tuple[ModelCheckpoint, torch.dtype, TextTokenizer | NoTokenizer, RecipeBook | None]:
             if not isinstance(limits, CacheLimits):
                 raise UserError("limits", limits, "is not one", "CacheLimits(max_requests=..., ...)")
             checkpoint = open_model(path)
             check_tp_size(checkpoint.config, tp)
+            if tp_overlap_from is not None and checkpoint.config.count(Layer.SSM) != len(checkpoint.config.layers):
+                raise UserError("tp_overlap_from", tp_overlap_from, "the model has other layers than SSMs", "None")
             words = load_tokenizer(Path(tokenizer or path), checkpoint.config)
             return checkpoint, _parse_dtype(dtype, checkpoint), words, as_book(tp_allreduce, "tp_allreduce")
 
@@ -126,11 +134,13 @@ class LLM:
         with lost_peers_reported(), megatron_on_cpu():
             checkpoint, params_dtype, words, recipes = agree(read_headers, groups.tp)
             check_same("tp_allreduce", recipes.fingerprint() if recipes else "none", groups.tp)
+            check_same("tp_overlap_from", str(tp_overlap_from), groups.tp)
             if recipes is not None:
                 with renamed(lambda field: field if field == FILE else f"tp_allreduce.{field}"):
                     recipes.check_backends(groups.tp, device)
             length = limits.max_sequence_length
             model = build_model(checkpoint.config, groups, params_dtype, device, length, seed, exact_norm)
+            model.decoder.overlap_from = tp_overlap_from
             set_recipes(model, recipes)  # before the weights: a book for another model is refused at once
             parameters = dict(model.named_parameters())
             with tqdm(total=len(parameters), desc="loading", disable=None if groups.tp.rank() == 0 else True) as bar:

@@ -30,7 +30,7 @@ class SSMStack(HybridStack):
       because DynamicInferenceContext refuses models without any; `inference.state` sizes it to next to nothing.
     """
 
-    overlap_from: int | None = None  # see set_overlap
+    overlap_from: int | None = None  # tokens of prompts from which on a pass is taken in halves, see halves.py
 
     def __init__(self, *args, post_layer_norm: bool = True, embedding_multiplier: float = 1.0, **kwargs) -> None:
         super().__init__(*args, post_layer_norm=False, **kwargs)
