@@ -137,7 +137,7 @@ class Mamba2Mixer(SSMMixer):
 
     def summed(self, partial: torch.Tensor, complete: Callable | None) -> torch.Tensor:
         if complete is None:
-            return reduce_partial(self.out_proj, partial)
+            return super().summed(partial, complete)
         return complete(reduce_partial(self.out_proj, partial, self.norm.columns(partial.dtype)))
 
     @property
