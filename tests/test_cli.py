@@ -156,6 +156,8 @@ def crowded(path: Path) -> Path:
         (None, ["--prompt-file", "/nowhere.txt"], "--prompt-file='/nowhere.txt': cannot be read"),
         (None, ["--dtype", "int4"], "--dtype='int4': cannot be run; legal: auto, float32, bfloat16, float16"),
         (None, ["--seed", 2**70], "--seed=1180591620717411303424: is out of range"),
+        (None, ["--ops", "cuda"], "--ops='cuda': is no implementation; legal: auto, triton, reference"),
+        (None, ["--tp-overlap-from", 0], "--tp-overlap-from=0: is no number of tokens; legal: an integer from 1"),
         (None, ["--tempature", 1], "unrecognized arguments: --tempature 1"),
     ],
     ids=[
@@ -173,6 +175,8 @@ def crowded(path: Path) -> Path:
         "prompt file",
         "dtype",
         "seed",
+        "ops",
+        "overlap",
         "argument",
     ],
 )
@@ -309,6 +313,7 @@ def test_generate_with_quantized_reductions(tmp_path):
         report = json.loads(first)
         tokens.append(report["outputs"][0]["token_ids"])
         in_force.append(report["tp_allreduce"])
+        assert report["ops"] == {"name": "reference", "reason": "no CUDA device"}
     assert tokens[2] == tokens[0] and len(tokens[1]) == 12
     off = {"recipe": None, "cfg": None, "min_bytes": None, "sites": {"none": 12}}
     assert in_force == [off, off | {"recipe": "int8", "sites": {"none": 6, "int8": 6}}, off | {"cfg": str(file)}]

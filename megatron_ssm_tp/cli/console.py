@@ -89,6 +89,8 @@ _OPTIONS = {
     "top_k",
     "top_p",
     "seed",
+    "ops",
+    "tp_overlap_from",
     "dtype",
     "max_sequence_length",
     "max_requests",

@@ -56,7 +56,8 @@ def _kernels() -> None:
 
     found = implementation()
     say(f"  convolution, scans and steps of Mamba-1 and Mamba-2: {found.name} ({found.reason})")
-    say("  the same in training: the reference (float32 torch)")
+    mamba1 = "by the same" if found.name == "triton" else "by the reference"
+    say(f"  in training: Mamba-1's {mamba1}, Mamba-2's by the reference (torch)")
 
 
 def _devices() -> None:

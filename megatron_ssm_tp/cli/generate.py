@@ -56,6 +56,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--max-tokens", type=int, default=2048, help="tokens in one step; longer prompts go in chunks")
     parser.add_argument(
+        "--ops",
+        default="auto",
+        help="who computes convolutions and scans: triton, reference, or auto: see doctor",
+    )
+    parser.add_argument(
         "--tp-allreduce-recipe",
         metavar="NAME",
         help="how partial sums travel between ranks: none, bf16, int8, fp8, int4; x_proj's stay Megatron's",
@@ -159,6 +164,7 @@ def run(args: argparse.Namespace) -> None:
         tokenizer=args.tokenizer_model,
         limits=limits,
         seed=args.seed,
+        ops=args.ops,
         tp_allreduce=recipes,
         tp_overlap_from=args.tp_overlap_from,
     )
@@ -212,6 +218,7 @@ def _report(args: argparse.Namespace, llm: "LLM", outputs: list["GenerationOutpu
         "load": args.load,
         "tensor_model_parallel_size": tp,
         "dtype": str(llm.model.config.params_dtype).removeprefix("torch."),
+        "ops": _ops_in_use(llm),
         "tp_allreduce": _recipes_in_force(args, llm),
         "outputs": [asdict(output) for output in outputs],
         "tokens_per_second": tokens / seconds,
@@ -221,6 +228,14 @@ def _report(args: argparse.Namespace, llm: "LLM", outputs: list["GenerationOutpu
         say(json.dumps(report))
     elif is_speaker():
         _write_whole(Path(args.json), json.dumps(report, indent=1))
+
+
+def _ops_in_use(llm: "LLM") -> dict[str, str]:
+    """Who computes convolutions and scans, and why."""
+    from ..layers.mixer import SSMMixer
+
+    ops = next(module.ops for module in llm.model.modules() if isinstance(module, SSMMixer))
+    return {"name": ops.name, "reason": ops.reason}
 
 
 def _recipes_in_force(args: argparse.Namespace, llm: "LLM") -> dict[str, object]:

@@ -19,6 +19,7 @@ from ..config import DTYPES, Layer
 from ..errors import UserError, renamed
 from ..layers.model import SSMModel, build_model
 from ..layers.row_parallel import set_recipes
+from ..ops.choose import implementation
 from ..partition.layout import check_tp_size
 from ..ranks import agree, check_same, lost_peers_reported
 from .distributed import join
@@ -89,6 +90,7 @@ class LLM:
         limits: CacheLimits | None = None,
         seed: int = 0,
         exact_norm: bool = False,
+        ops: str = "auto",
         tp_allreduce: AllReduceRecipe | RecipeBook | None = None,
         tp_overlap_from: int | None = None,
     ) -> "LLM":
@@ -104,8 +106,8 @@ class LLM:
             tp_allreduce: how the ranks' partial sums travel: a recipe for all sites but x_proj's, or a book of recipes
                 by site, none of whose enabled matchers may fit no site; None is Megatron's own all-reduce.
             tp_overlap_from: passes over this many tokens of prompts or more go in two halves, one's partial sums
-                travelling while the other's products run, where all layers are SSMs (layers/halves.py). It pays where
-                links are slow, docs/performance.md; None is never.
+                travelling while the other's products run, where all layers are SSMs (layers/halves.py); None is never.
+            ops: who computes convolutions and scans, "auto", "triton" or "reference" (ops/choose.py), not norms.
             exact_norm: a Mamba-2 norm that spans ranks is finished before out_proj, by an all-reduce of its own.
 
         Raises:
@@ -123,6 +125,7 @@ class LLM:
         def read_headers() -> tuple[ModelCheckpoint, torch.dtype, TextTokenizer | NoTokenizer, RecipeBook | None]:
             if not isinstance(limits, CacheLimits):
                 raise UserError("limits", limits, "is not one", "CacheLimits(max_requests=..., ...)")
+            implementation(ops)
             checkpoint = open_model(path)
             check_tp_size(checkpoint.config, tp)
             if tp_overlap_from is not None and checkpoint.config.count(Layer.SSM) != len(checkpoint.config.layers):
@@ -139,7 +142,7 @@ class LLM:
                 with renamed(lambda field: field if field == FILE else f"tp_allreduce.{field}"):
                     recipes.check_backends(groups.tp, device)
             length = limits.max_sequence_length
-            model = build_model(checkpoint.config, groups, params_dtype, device, length, seed, exact_norm)
+            model = build_model(checkpoint.config, groups, params_dtype, device, length, seed, exact_norm, ops)
             model.decoder.overlap_from = tp_overlap_from
             set_recipes(model, recipes)  # before the weights: a book for another model is refused at once
             parameters = dict(model.named_parameters())

@@ -98,11 +98,12 @@ def build_model(
     max_sequence_length: int,
     sampling_seed: int = 0,
     exact_norm: bool = False,
+    ops: str = "auto",
     **overrides,
 ) -> SSMModel:
     """One rank's model with uninitialized parameters, named as in `partition.layout.model_parameters`.
 
-    `exact_norm` as in Mamba2Mixer; `overrides` go to Megatron's TransformerConfig.
+    `exact_norm` and `ops` as in Mamba2Mixer; `overrides` go to Megatron's TransformerConfig.
 
     Raises:
         UserError: the model cannot be cut for pg_collection.tp; the message has the legal sizes.
@@ -111,7 +112,7 @@ def build_model(
     check_tp_size(model, tp)
     return SSMModel(
         config=transformer_config(model, tp, dtype, device, sampling_seed, **overrides),
-        hybrid_stack_spec=model_stack_spec(model, exact_norm),
+        hybrid_stack_spec=model_stack_spec(model, exact_norm, ops),
         vocab_size=model.vocab_size,
         padded_vocab_size=padded_vocab_size(model, tp),
         logits_multiplier=model.logits_multiplier,

@@ -88,21 +88,21 @@ def _mlp_preset(config: TransformerConfig) -> MLPConfig:
     return MLPConfig(config.ffn_hidden_size, name, gated, bias=config.add_bias_linear)
 
 
-def mamba1_spec(mixer_config) -> ModuleSpec:
-    """A Mamba-1 mixer; `mixer_config` as in Mamba1Mixer: dimensions, or a function of Megatron's config."""
+def mamba1_spec(mixer_config, ops: str = "auto") -> ModuleSpec:
+    """A Mamba-1 mixer; `mixer_config` as in Mamba1Mixer: dimensions, or a function of Megatron's config; `ops` too."""
     projections = Mamba1MixerSubmodules(
         in_proj=LeanColumnParallelLinear,
         x_proj=RecipeRowParallelLinear,
         dt_proj=LeanColumnParallelLinear,
         out_proj=RecipeRowParallelLinear,
     )
-    return ModuleSpec(module=Mamba1Mixer, params={"mixer_config": mixer_config}, submodules=projections)
+    return ModuleSpec(module=Mamba1Mixer, params={"mixer_config": mixer_config, "ops": ops}, submodules=projections)
 
 
-def mamba2_spec(mixer_config, exact_norm: bool = False) -> ModuleSpec:
-    """A Mamba-2 mixer; `mixer_config` and `exact_norm` as in Mamba2Mixer."""
+def mamba2_spec(mixer_config, exact_norm: bool = False, ops: str = "auto") -> ModuleSpec:
+    """A Mamba-2 mixer; all as in Mamba2Mixer."""
     projections = Mamba2MixerSubmodules(in_proj=LeanColumnParallelLinear, out_proj=RecipeRowParallelLinear)
-    params = {"mixer_config": mixer_config, "exact_norm": exact_norm}
+    params = {"mixer_config": mixer_config, "exact_norm": exact_norm, "ops": ops}
     return ModuleSpec(module=Mamba2Mixer, params=params, submodules=projections)
 
 
@@ -143,10 +143,10 @@ def mamba2_stack_spec(mixer_config, exact_norm: bool = False) -> ModuleSpec:
     return stack_spec(ssm, attention_spec(_attention_preset), mlp_spec(_mlp_preset))
 
 
-def model_stack_spec(model: ModelConfig, exact_norm: bool = False) -> ModuleSpec:
+def model_stack_spec(model: ModelConfig, exact_norm: bool = False, ops: str = "auto") -> ModuleSpec:
     """The stack of a checkpoint's model, its layers as `model.layers` says, in `layers.model.SYMBOLS`."""
     is_mamba1 = isinstance(model.mixer, Mamba1Config)
-    ssm = mamba1_spec(model.mixer) if is_mamba1 else mamba2_spec(model.mixer, exact_norm)
+    ssm = mamba1_spec(model.mixer, ops) if is_mamba1 else mamba2_spec(model.mixer, exact_norm, ops)
     attention = attention_spec(model.attention) if model.attention else None
     mlp = mlp_spec(model.mlp) if model.mlp else None
     if model.shared:
