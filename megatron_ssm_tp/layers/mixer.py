@@ -187,10 +187,8 @@ class SSMMixer(PartitionedModule):
         metadata, batch = context.mamba_metadata, context.batch_dimensions
         decodes, prefills, tokens = batch.decode_req_count, batch.prefill_req_count, batch.token_count
         x = x.squeeze(1)
-        decode, prefill = (
-            slice(0, decodes),
-            slice(decodes, x.shape[0]),
-        )  # padding goes with the prompts, which leave it out
+        # Padding goes with the prompts, which leave it out.
+        decode, prefill = slice(0, decodes), slice(decodes, x.shape[0])
         parts = []
         if decodes:
             decode_slots = metadata.batch_indices_decode[:decodes]
