@@ -183,7 +183,6 @@ def test_a_pass_that_fails_is_a_note():
 
 
 def test_the_plot(tmp_path):
-    pytest.importorskip("matplotlib")
     cells = [inference_report.Cell(m, w, b, 8, 1.0 + b) for m in "ab" for w in "cd" for b in (1, 2)]
     inference_report.plot(
         [*cells, inference_report.Cell("a", "e", 1, 8, note="not here")], str(tmp_path / "x.png"), "title"

@@ -116,7 +116,6 @@ def test_different_bits_show_in_the_table():
 
 
 def test_the_plot(tmp_path):
-    pytest.importorskip("matplotlib")
     cells = [bench.Cell("sum", h, n, w, w == "a", n) for h in (3, 4) for n in (1, 2) for w in "ab"]
     bench.plot([*cells, bench.Cell("fused", 3, 1, "c", False, note="not here")], str(tmp_path / "x.png"), "title")
     assert (tmp_path / "x.png").stat().st_size > 1000

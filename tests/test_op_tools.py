@@ -126,7 +126,6 @@ def test_mistakes_in_options(arguments, message):
 
 
 def test_the_plot(tmp_path):
-    pytest.importorskip("matplotlib")
     rows = [bench_ops.Row(Case("scan", (n,), 8), 1, 1, 2.0, us=4.0, theirs_us=t) for n, t in ((1, 5.0), (2, None))]
     bench_ops.plot(rows, str(tmp_path / "x.png"), "title")
     assert (tmp_path / "x.png").stat().st_size > 1000
