@@ -163,6 +163,11 @@ class ModelConfig:
         return sum(layer in kinds for layer in self.layers)
 
     @property
+    def is_pure_ssm(self) -> bool:
+        """Whether every layer is an SSM mixer and nothing else."""
+        return self.count(Layer.SSM) == len(self.layers)
+
+    @property
     def ssm_states(self) -> int:
         """States that a request keeps: one for every SSM mixer."""
         return self.count(Layer.SSM, Layer.PARALLEL, Layer.SHARED)

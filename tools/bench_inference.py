@@ -41,7 +41,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_ssm_tp.cli.console import Parser, guarded, is_speaker, say
 from megatron_ssm_tp.comm.recipes import RECIPE_NAMES, recipe_by_name
-from megatron_ssm_tp.config import DTYPES, Layer, ModelConfig
+from megatron_ssm_tp.config import DTYPES, ModelConfig
 from megatron_ssm_tp.errors import UserError
 from megatron_ssm_tp.inference.distributed import join
 from megatron_ssm_tp.layers.row_parallel import set_recipes
@@ -98,7 +98,7 @@ def check(args: argparse.Namespace, ranks: int) -> Asked:
     check_plot(args.plot)
     models = {_title(name): read_model(_raw(name), args.layers) for name in args.models}
     for name, (model, _) in models.items():
-        if "halves" in args.passes and model.count(Layer.SSM) != len(model.layers):
+        if "halves" in args.passes and not model.is_pure_ssm:
             raise UserError("--passes", "halves", f"{name} has other layers than SSMs", "whole")
     return Asked(models, [_shape(text) for text in args.shapes], getattr(torch, args.dtype))
 

@@ -229,7 +229,7 @@ def no_rival(config: ModelConfig, ranks: int) -> str:
     """Why mamba-ssm cannot run this model, or nothing."""
     if ranks > 1:
         return f"runs on one GPU, and this is {ranks} ranks"
-    if config.count(Layer.SSM) != len(config.layers):
+    if not config.is_pure_ssm:
         return "has no such layers as this model's hybrid ones"
     if config.mixer.d_inner % config.hidden_size:
         return "has no mixer of these sizes"

@@ -80,8 +80,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--tp-overlap-from",
         type=int,
         metavar="N",
-        help="steps over N tokens of prompts or more go in two halves, one's sums travelling while the other computes: "
-        "for slow links, and models of SSM layers alone (default: never)",
+        help="steps over N tokens of prompts or more go in two halves, one's sums travelling while the other computes; "
+        "of models of SSM layers alone (default: never)",
     )
     parser.add_argument(
         "--json", nargs="?", const=STDOUT, metavar="FILE", help="a JSON report: instead of text, or into FILE beside it"

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import UserError
+from ..ops.launching import power_of_two
 from .recipes import AllReduceRecipe
 from .tuning import Launch
 from .workspace import FLAGS, Workspace
@@ -109,7 +110,7 @@ def fits(x: torch.Tensor, residual: torch.dtype, recipe: AllReduceRecipe) -> boo
     length = x.shape[-1]
     if length % recipe.block_size or not 0 < length <= 16384:
         return False
-    tile = 1 << (length - 1).bit_length()
+    tile = power_of_two(length)
     lean = tile <= 1.25 * length and residual == x.dtype and recipe.name != "int4"
     return recipe.name == "bf16" or lean or x.numel() <= MOST_UNEVEN_VALUES
 

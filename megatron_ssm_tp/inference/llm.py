@@ -15,7 +15,7 @@ from ..comm.recipe_book import RecipeBook, as_book
 from ..comm.recipe_file import FILE
 from ..comm.recipes import AllReduceRecipe
 from ..compat.cpu import megatron_on_cpu
-from ..config import DTYPES, Layer
+from ..config import DTYPES
 from ..errors import UserError, renamed
 from ..layers.model import SSMModel, build_model
 from ..layers.row_parallel import set_recipes
@@ -128,7 +128,7 @@ class LLM:
             implementation(ops)
             checkpoint = open_model(path)
             check_tp_size(checkpoint.config, tp)
-            if tp_overlap_from is not None and checkpoint.config.count(Layer.SSM) != len(checkpoint.config.layers):
+            if tp_overlap_from is not None and not checkpoint.config.is_pure_ssm:
                 raise UserError("tp_overlap_from", tp_overlap_from, "the model has other layers than SSMs", "None")
             words = load_tokenizer(Path(tokenizer or path), checkpoint.config)
             return checkpoint, _parse_dtype(dtype, checkpoint), words, as_book(tp_allreduce, "tp_allreduce")

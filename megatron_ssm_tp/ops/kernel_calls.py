@@ -1,4 +1,4 @@
-"""Triton kernels launched again with the arguments of an earlier call, at a fraction of what Triton's own launch costs.
+"""Triton kernels launched again with the arguments of an earlier call, past Triton's own search for the variant.
 
 Triton looks at every argument of every launch to find the variant that it compiled for such arguments. Where shapes,
 dtypes and alignments are those of an earlier call, that is known: in a model of 64 equal layers all but the first.
