@@ -16,15 +16,16 @@ from megatron_ssm_tp import LLM, CacheLimits, SamplingParams
 from megatron_ssm_tp.checkpoint.loader import load_parameters, open_model
 from megatron_ssm_tp.compat.cpu import megatron_on_cpu
 from megatron_ssm_tp.inference.distributed import tensor_parallel_groups
-from megatron_ssm_tp.inference.engine import Request
+from megatron_ssm_tp.inference.engine import Bursts
+from megatron_ssm_tp.inference.requests import Limits, Request, read_params
 from megatron_ssm_tp.inference.stopping import StopCondition
 from megatron_ssm_tp.inference.tokenizer import NoTokenizer
 from megatron_ssm_tp.layers.model import SSMModel, build_model
 
 
 @lru_cache(maxsize=2)
-def llm(path: Path, dtype: str = "float32", **limits: int) -> LLM:
-    return LLM.from_pretrained(path, dtype=dtype, limits=CacheLimits(**limits))
+def llm(path: Path, dtype: str = "float32", engine: str = "auto", bursts: Bursts | None = None, **limits: int) -> LLM:
+    return LLM.from_pretrained(path, dtype=dtype, limits=CacheLimits(**limits), engine=engine, bursts=bursts)
 
 
 def groups() -> ProcessGroupCollection:
@@ -103,22 +104,32 @@ NEVER = StopCondition(frozenset(), (), False, NoTokenizer(Path(), 101, -1))
 
 
 def states_after(
-    path: Path, prompt: list[int], chunk: int, steps: int, company: list[int] | None = None
+    path: Path,
+    prompt: list[int],
+    chunk: int,
+    steps: int,
+    company: list[int] | None = None,
+    engine_name: str = "slots",
 ) -> tuple[list[int], np.ndarray, np.ndarray]:
     """Prefill `prompt` in steps of at most `chunk` tokens, decode `steps` tokens more; the request's states then.
 
     The shorter prompt `company` takes its tokens of the first step, and goes on when the other is over.
     """
-    engine = llm(path, max_requests=4, max_tokens=chunk).engine
-    params = SamplingParams(top_k=1, num_tokens_to_generate=steps, termination_id=-1)
+    engine = llm(path, engine=engine_name, max_requests=4, max_tokens=chunk).engine
+    params = SamplingParams(num_tokens_to_generate=steps, termination_id=-1)
     # The last step's token is sampled but not fed back: the states are those after prompt and steps - 1 tokens.
-    longer = SamplingParams(top_k=1, num_tokens_to_generate=steps + 8, termination_id=-1)
-    requests = [Request(company, longer, NEVER)] if company else []
-    requests.append(Request(prompt, params, NEVER))
+    longer = SamplingParams(num_tokens_to_generate=steps + 8, termination_id=-1)
+    limits, own = Limits(101, 1024), engine_name == "slots"
+    each = [(company, longer)] if company else []
+    requests = [
+        Request(ids, read_params(wanted, len(ids), limits, own), NEVER) for ids, wanted in [*each, (prompt, params)]
+    ]
     tokens = [progress.token_ids for progress in engine.run(requests) if progress.index == len(requests) - 1][-1]
+    if own:
+        used = engine.free_slots[-len(requests)]  # freed last, or before its company's; not yet cleared
+        return tokens, engine.table.conv[:, used].numpy().copy(), engine.table.ssm[:, used].numpy().copy()
     context = engine.context
     slots = context.mamba_metadata
-    # Freed last, or before its company's; not yet cleared.
     used = int(slots.mamba_state_free_slots[slots.mamba_state_free_slot_count - len(requests)])
     return tokens, context.mamba_conv_states[:, used].numpy().copy(), context.mamba_ssm_states[:, used].numpy().copy()
 

@@ -39,7 +39,7 @@ def static_greedy(path: Path, prompts: list[list[int]], count: int) -> list[list
     from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import GPTInferenceWrapper
     from megatron.core.inference.text_generation_controllers.text_generation_controller import TextGenerationController
 
-    from megatron_ssm_tp.inference.engine import megatron_inference
+    from megatron_ssm_tp.inference.megatron_engine import megatron_inference
 
     model = build(path).eval()
     with megatron_inference():
@@ -121,12 +121,12 @@ def dtypes_in_bfloat16(path: Path) -> dict[str, str]:
     model = Float16Module(model.config, model).module
     assert torch.equal(before, model.decoder.layers[0].mixer.A_log)
     found = {name: str(parameter.dtype) for name, parameter in model.named_parameters()}
-    context = llm(path, "bfloat16").engine.context
+    context = llm(path, "bfloat16", "megatron").engine.context
     return found | {"conv": str(context.mamba_conv_states.dtype), "ssm": str(context.mamba_ssm_states.dtype)}
 
 
 def cache_bytes(path: Path, **limits: int) -> dict[str, int]:
     """What the dynamic context allocated: attention cache and states, and its number of slots."""
-    context = llm(path, **limits).engine.context
+    context = llm(path, engine="megatron", **limits).engine.context
     states = context.mamba_conv_states.nbytes + context.mamba_ssm_states.nbytes
     return {"phantom": context.memory_buffer.nbytes, "states": states, "slots": context.max_requests}

@@ -19,7 +19,7 @@ from megatron_ssm_tp.checkpoint.families import find_family
 from megatron_ssm_tp.compat.cpu import megatron_on_cpu
 from megatron_ssm_tp.config import Layer, Mamba1Config, ModelConfig
 from megatron_ssm_tp.errors import UserError
-from megatron_ssm_tp.inference.engine import megatron_inference
+from megatron_ssm_tp.inference.megatron_engine import megatron_inference
 from megatron_ssm_tp.inference.state import CacheLimits, inference_config
 from megatron_ssm_tp.layers.model import build_model
 

@@ -1,79 +1,122 @@
-"""Megatron's DynamicInferenceEngine around our model: continuous batching over slots of state, chunked prefill."""
+"""Our own engine, for models whose layers are all SSMs: continuous batching over slots of constant size.
 
-import asyncio
+    waiting --admitted to a free slot--> reading its prompt, a part a pass --> decoding, in bursts --> over
+
+The host decides by counts alone, which every rank has alike, and never waits for the device before the next pass or
+burst is launched: what a burst has generated is looked at while the one after it runs. An answer that ends by a token
+is masked on the device; one that ends by text is ended by the host, and what was generated behind it thrown away.
+"""
+
+import itertools
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from contextvars import copy_context
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-from megatron.core.inference.config import InferenceConfig
-from megatron.core.inference.contexts import DynamicInferenceContext
-from megatron.core.inference.engines import DynamicInferenceEngine
-from megatron.core.inference.inference_request import DynamicInferenceRequestRecord, Status
-from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import GPTInferenceWrapper
-from megatron.core.inference.sampling_params import SamplingParams
-from megatron.core.inference.text_generation_controllers.text_generation_controller import TextGenerationController
+from megatron.core.inference.engines import AbstractEngine
 from megatron.core.inference.utils import InferenceMode
 
-from ..compat.cpu import megatron_on_cpu
 from ..errors import UserError
 from ..layers.model import SSMModel
-from .stopping import StopCondition
-from .tokenizer import NoTokenizer, TextTokenizer
+from ..layers.pass_context import Counts, PassContext, Slots
+from .decoder import Decoder, Emitted, to_device
+from .requests import Progress, Request
+from .sampling import SamplingNeeds
+from .slots import SlotTable
+
+_SEED_STRIDE = 0x9E3779B97F4A7C15  # of the seeds of requests that bring none
 
 
 @dataclass(frozen=True)
-class Request:
-    """A prompt to continue, checked: Megatron fails requests silently. `stop` says when its answer is over early."""
+class Bursts:
+    """How often the host looks.
 
-    prompt: list[int]
-    params: SamplingParams
-    stop: StopCondition
+    Args:
+        longest: steps of a burst; answers are seen that many tokens at a time.
+        while_reading: the same, while prompts are read between bursts.
+        ahead: passes and bursts that are launched before the first is looked at.
+        graphs: replay CUDA graphs.
+    """
+
+    longest: int = 16
+    while_reading: int = 4
+    ahead: int = 2
+    graphs: bool = True
+
+    def __post_init__(self) -> None:
+        for name, least in (("longest", 1), ("while_reading", 1), ("ahead", 0)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise UserError(name, value, "is out of range", f"an integer, {least} or more")
+
+    @classmethod
+    def on(cls, device: torch.device) -> "Bursts":
+        """What suits a device: a CPU gains nothing from steps ahead."""
+        return cls() if device.type == "cuda" else cls(longest=1, while_reading=1, ahead=0, graphs=False)
 
 
-@dataclass(frozen=True)
-class Progress:
-    """What request `index` has generated after a step; `finished` is set with its last tokens."""
+@dataclass(eq=False)
+class _Running:
+    """A request in the engine. `read` and `launched` count what has been launched, `tokens` what has come."""
 
     index: int
-    token_ids: list[int]
-    log_probs: list[float] | None
-    finished: bool
+    request: Request
+    ordinal: int
+    slot: int = -1
+    read: int = 0
+    launched: int = 0
+    over: bool = False
+    tokens: list[int] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
+
+    @property
+    def limit(self) -> int:
+        return self.request.params.num_tokens_to_generate
+
+    @property
+    def needs(self) -> SamplingNeeds:
+        params = self.request.params
+        return SamplingNeeds(
+            random=params.temperature > 0,
+            ranked=params.temperature > 0 and bool(params.top_k or params.top_p),
+            penalized=params.repetition_penalty != 1,
+            log_probs=params.return_log_probs,
+        )
+
+    def progress(self) -> Progress:
+        log_probs = list(self.log_probs) if self.request.params.return_log_probs else None
+        return Progress(self.index, list(self.tokens), log_probs, self.over)
 
 
-@contextmanager
-def megatron_inference() -> Iterator[None]:
-    """Megatron's process-wide inference flag and, without CUDA, the CPU stand-ins: on inside, off outside."""
-    was_active = InferenceMode.is_active()
-    with megatron_on_cpu():
-        InferenceMode.set_active()
-        try:
-            yield
-        finally:
-            if not was_active:
-                InferenceMode.unset_active()
+class SlotEngine(AbstractEngine):
+    """Requests in, tokens out. Every tensor-parallel rank makes the same calls in the same order.
 
+    Args:
+        model: whose layers are all SSMs.
+        max_tokens: of prompts in a pass; longer ones are read in parts.
+        bursts: None is what suits the device.
+        seed: requests that bring none get theirs from it and their number since.
+    """
 
-class DynamicEngine:
-    """Requests in, tokens out, a step at a time. Every tensor-parallel rank makes the same calls in the same order."""
+    name = "slots"
 
-    def __init__(self, model: SSMModel, config: InferenceConfig, tokenizer: TextTokenizer | NoTokenizer) -> None:
-        with megatron_inference():
-            self.context = DynamicInferenceContext(model.config, config)
-            self.controller = TextGenerationController(GPTInferenceWrapper(model, self.context), tokenizer)
-            self._engine = DynamicInferenceEngine(self.controller, self.context)
-            # Megatron takes the loop that happens to run while the engine is built.
-            self._loop = self._engine._loop = asyncio.new_event_loop()
-        self._device = self.context.mamba_ssm_states.device
-        self._one_run = threading.Lock()
-        self._shown: dict[int, int] = {}
+    def __init__(
+        self, model: SSMModel, table: SlotTable, max_tokens: int, bursts: Bursts | None = None, seed: int = 0
+    ) -> None:
+        self.model, self.table, self.max_tokens = model, table, max_tokens
+        self.bursts = bursts or Bursts.on(table.device)
+        self.decoder = Decoder(model, table, self.bursts.longest, self.bursts.graphs)
+        self._one_run, self._seed, self._ordinals = threading.Lock(), seed, itertools.count()
+        self._waiting: deque[_Running] = deque()
+        self._reading: deque[_Running] = deque()
+        self._decoding: list[_Running] = []
+        self.free_slots = list(range(table.slots))[::-1]
+        self._in_flight: deque[tuple[Emitted, list[_Running]]] = deque()
 
     def close(self) -> None:
-        """Let go of the loop; the engine cannot run any more."""
-        self._loop.close()
+        """Nothing to let go of that memory management does not."""
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -85,6 +128,10 @@ class DynamicEngine:
         finally:
             self._one_run.release()
 
+    def generate(self, requests: Sequence[Request]) -> dict:
+        """AbstractEngine's: all answers, as Progress by the requests' places."""
+        return {progress.index: progress for progress in self.run(requests) if progress.finished}
+
     def run(
         self,
         requests: Sequence[Request],
@@ -93,7 +140,9 @@ class DynamicEngine:
     ) -> Iterator[Progress]:
         """Step until all requests are answered; yields each one's state whenever it has changed.
 
-        `seed` restarts the sampling generator, the same on every rank. Each step runs inside `around_step()`.
+        Args:
+            seed: restarts the numbers that seeds come from. Each step runs inside `around_step()`.
+
         Abandoned midway, or left by an error, it drops what is left.
 
         Raises:
@@ -101,75 +150,172 @@ class DynamicEngine:
         """
         with self.alone():
             if seed is not None:
-                self.controller.sampling_rng.manual_seed(seed)
-            yield from self._run(requests, around_step)
+                self._seed, self._ordinals = seed, itertools.count()
+            try:
+                for index, request in enumerate(requests):
+                    self.add(index, request)
+                while self.has_unfinished:
+                    with around_step():
+                        changes = self.step()
+                    yield from changes
+            finally:
+                self.reset()
 
-    def _run(
-        self, requests: Sequence[Request], around_step: Callable[[], AbstractContextManager]
-    ) -> Iterator[Progress]:
-        try:
-            ids = {self._add(request): index for index, request in enumerate(requests)}
-            while self._engine.has_unfinished_requests():
-                with megatron_inference(), torch.inference_mode(), around_step():
-                    result = self._step()
-                active = [_Answered(entry.record) for entry in self._engine.requests.values()]
-                finished = [_Answered(record) for record in result["finished_request_records"]]
-                self._end_early(active, requests, ids)
-                yield from self._changes(active, finished, ids)
-        finally:
-            self._shown.clear()
-            if self._engine.has_unfinished_requests():
-                with megatron_inference():
-                    self._engine.reset()
+    # Requests that come and go one by one
 
-    def _step(self) -> dict:
-        """One step of Megatron's coroutine, on a loop of our own: the caller's may be running, or closed, or gone."""
-        step = self._engine.async_step()
-        try:
-            asyncio.get_running_loop()
-        except RuntimeError:
-            return self._loop.run_until_complete(step)
-        with ThreadPoolExecutor(max_workers=1, initializer=self._on_same_device) as thread:
-            # With the caller's context variables: an allreduce_autocast around the call is one.
-            return thread.submit(copy_context().run, self._loop.run_until_complete, step).result()
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self._waiting or self._reading or self._decoding or self._in_flight)
 
-    def _on_same_device(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.set_device(self._device)
+    def add(self, index: int, request: Request) -> None:
+        """Have `request` answered; its Progress bears `index`, which no unfinished one may have."""
+        self._waiting.append(_Running(index, request, next(self._ordinals)))
 
-    def _add(self, request: Request) -> int:
-        request_id = int(next(self._engine.request_counter))
-        with megatron_inference():
-            self._engine.add_request(request_id, request.prompt, request.params)
-        added = self._engine.get_request(request_id)
-        if added.status == Status.FAILED:
-            raise RuntimeError(f"Megatron refused request {request_id}: {added.events[-1]}")
-        return request_id
+    def cancel(self, index: int) -> bool:
+        """Forget the request of that index; whether there was one. No Progress comes of it any more."""
+        found = next((r for r in [*self._waiting, *self._reading, *self._decoding] if r.index == index), None)
+        if found is None:
+            return False
+        self._end(found)
+        return True
 
-    def _end_early(self, active: list["_Answered"], requests: Sequence[Request], ids: dict[int, int]) -> None:
-        """Have Megatron end what is over: it knows one end token and matches stop words by tokens, we know more."""
-        for request in active:
-            if requests[ids[request.request_id]].stop.ends(request.token_ids):
-                self._engine.stop_word_finished_request_ids.add(request.request_id)
+    def reset(self) -> None:
+        """Forget all requests."""
+        for running in [*self._waiting, *self._reading, *self._decoding]:
+            self._end(running)
+        self._in_flight.clear()
 
-    def _changes(
-        self, active: list["_Answered"], finished: list["_Answered"], ids: dict[int, int]
-    ) -> Iterator[Progress]:
-        for request, is_last in [*((r, False) for r in active), *((r, True) for r in finished)]:
-            count = len(request.token_ids)
-            if is_last or count != self._shown.get(request.request_id, 0):
-                self._shown[request.request_id] = count
-                tokens = [int(token) for token in request.token_ids]
-                yield Progress(ids[request.request_id], tokens, request.log_probs, is_last)
+    def step(self) -> list[Progress]:
+        """Launch a pass over prompts and a burst, if there is something to launch, and tell what has come meanwhile."""
+        with _inference(), torch.inference_mode():
+            self._admit()
+            launched = self._read()
+            launched |= self._decode()
+        found: list[Progress] = []
+        while self._in_flight and len(self._in_flight) > (self.bursts.ahead if launched else 0):
+            found += self._look()
+            if not launched:
+                break
+        return found
+
+    def _admit(self) -> None:
+        while self._waiting and self.free_slots:
+            running = self._waiting.popleft()
+            running.slot = self.free_slots.pop()
+            params, request = running.request.params, running.request
+            seed = params.seed if params.seed is not None else self._seed + _SEED_STRIDE * (running.ordinal + 1)
+            sampling = {
+                "temperature": float(params.temperature),
+                "top_k": params.top_k,
+                "top_p": float(params.top_p),
+                "min_p": float(params.min_p),
+                "repetition_penalty": float(params.repetition_penalty),
+                "seed": seed % (1 << 63),
+            }
+            self.table.begin(running.slot, request.prompt, sampling, running.limit, sorted(request.stop.end_ids))
+            self._reading.append(running)
+
+    def _read(self) -> bool:
+        """A pass over the next parts of prompts, in their order; the first token of those that are at their end."""
+        parts, room = [], self.max_tokens
+        while self._reading and room:
+            running = self._reading[0]
+            length = min(room, len(running.request.prompt) - running.read)
+            parts.append((running, running.request.prompt[running.read : running.read + length]))
+            running.read, room = running.read + length, room - length
+            if running.read < len(running.request.prompt):
+                break
+            self._reading.popleft()
+        if parts:
+            self._pass_over(parts)
+        return bool(parts)
+
+    def _pass_over(self, parts: list[tuple[_Running, Sequence[int]]]) -> None:
+        device, lengths = self.table.device, [len(part) for _, part in parts]
+        ends = list(itertools.accumulate(lengths))
+        slots = to_device([running.slot for running, _ in parts], device)
+        cu_seqlens = to_device([0, *ends], device).to(torch.int32)
+        tokens = to_device([token for _, part in parts for token in part], device)
+        context = PassContext(
+            self.table, Counts(0, len(parts), len(tokens)), Slots(None, slots, cu_seqlens), tuple(lengths)
+        )
+        # Only of the last may a part be left; logits of some token are made even then.
+        done = [running for running, _ in parts if running.read == len(running.request.prompt)]
+        last = to_device([end - 1 for end in ends[: max(1, len(done))]], device)
+        logits = self.model.logits_of_pass(tokens, context, last)
+        if not done:
+            return
+        needs = _needs(done)
+        chosen, log_probs = self.table.choose(logits, slots[: len(done)], needs)
+        emitted = self.decoder.emitted(chosen[None], None if log_probs is None else log_probs[None])
+        self._launched(emitted, done, 1)
+        self._decoding += [running for running in done if running.launched < running.limit]
+
+    def _decode(self) -> bool:
+        """A burst of all that decode."""
+        rows = [running for running in self._decoding if not running.over]
+        self._decoding = rows
+        if not rows:
+            return False
+        left = [running.limit - running.launched for running in rows]
+        # Who waits for a slot gets it as soon as one may be free.
+        steps = min(self.bursts.longest, min(left) if self._waiting else max(left))
+        if self._reading:
+            steps = min(steps, self.bursts.while_reading)
+        emitted = self.decoder.burst([running.slot for running in rows], steps, _needs(rows))
+        self._launched(emitted, rows, steps)
+        self._decoding = [running for running in rows if running.launched < running.limit]
+        return True
+
+    def _launched(self, emitted: Emitted, rows: list[_Running], steps: int) -> None:
+        for running in rows:
+            running.launched += steps
+        self._in_flight.append((emitted, rows))
+
+    def _look(self) -> list[Progress]:
+        """What the oldest pass or burst that is under way has generated."""
+        emitted, rows = self._in_flight.popleft()
+        emitted.wait()
+        tokens, log_probs = emitted.tokens.tolist(), emitted.log_probs
+        log_probs = log_probs.tolist() if log_probs is not None else [[None] * len(rows)] * len(tokens)
+        found = []
+        for row, running in enumerate(rows):
+            before = len(running.tokens)
+            for token, log_prob in ((tokens[step][row], log_probs[step][row]) for step in range(len(tokens))):
+                if running.over:
+                    break
+                running.tokens.append(token)
+                running.log_probs.append(log_prob)
+                if running.request.stop.ends(running.tokens) or len(running.tokens) == running.limit:
+                    self._end(running)
+            if len(running.tokens) > before:
+                found.append(running.progress())
+        return found
+
+    def _end(self, running: _Running) -> None:
+        running.over = True
+        for queue in (self._waiting, self._reading, self._decoding):
+            if running in queue:
+                queue.remove(running)
+        if running.slot >= 0:
+            self.table.end(running.slot)
+            self.free_slots.append(running.slot)
 
 
-class _Answered:
-    """What a request has generated. Megatron begins it anew, with its answer so far as prompt, when it is put back for
-    want of room; the record has all of these."""
+def _needs(rows: Sequence[_Running]) -> SamplingNeeds:
+    needs = SamplingNeeds()
+    for running in rows:
+        needs |= running.needs
+    return needs
 
-    def __init__(self, record: DynamicInferenceRequestRecord) -> None:
-        parts = record.requests
-        self.request_id = record.request_id
-        self.token_ids = [token for part in parts for token in part.generated_tokens]
-        log_probs = [value for part in parts for value in part.generated_log_probs or ()]
-        self.log_probs = log_probs if parts[0].sampling_params.return_log_probs else None
+
+@contextmanager
+def _inference() -> Iterator[None]:
+    """Megatron's process-wide inference flag, which mixers read: on inside, and after it as it was."""
+    was_active = InferenceMode.is_active()
+    InferenceMode.set_active()
+    try:
+        yield
+    finally:
+        if not was_active:
+            InferenceMode.unset_active()

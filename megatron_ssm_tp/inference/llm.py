@@ -15,7 +15,7 @@ from ..comm.recipe_book import RecipeBook, as_book
 from ..comm.recipe_file import FILE
 from ..comm.recipes import AllReduceRecipe
 from ..compat.cpu import megatron_on_cpu
-from ..config import DTYPES
+from ..config import DTYPES, ModelConfig
 from ..errors import UserError, renamed
 from ..layers.model import SSMModel, build_model
 from ..layers.row_parallel import set_recipes
@@ -23,19 +23,23 @@ from ..ops.choose import implementation
 from ..partition.layout import check_tp_size
 from ..ranks import agree, check_same, lost_peers_reported
 from .distributed import join
-from .engine import DynamicEngine, Progress, Request
+from .engine import Bursts, SlotEngine
+from .megatron_engine import MegatronEngine
 from .peers import PeerWatch
 from .requests import (
     GenerationOutput,
     Limits,
+    Progress,
     Prompt,
+    Request,
     check_seed,
     check_token_ids,
     read_params,
     read_prompt,
     read_stop_words,
 )
-from .state import CacheLimits, check_room, inference_config
+from .slots import SlotTable
+from .state import CacheLimits, check_room, check_slots_fit, inference_config
 from .stopping import StopCondition
 from .tokenizer import NoTokenizer, TextTokenizer, load_tokenizer
 
@@ -67,14 +71,25 @@ class LLM:
     """
 
     def __init__(
-        self, model: SSMModel, checkpoint: ModelCheckpoint, tokenizer: TextTokenizer | NoTokenizer, limits: CacheLimits
+        self,
+        model: SSMModel,
+        checkpoint: ModelCheckpoint,
+        tokenizer: TextTokenizer | NoTokenizer,
+        limits: CacheLimits,
+        engine: str = "auto",
+        bursts: Bursts | None = None,
+        seed: int = 0,
     ) -> None:
         self.model, self.config, self.tokenizer = model, checkpoint.config, tokenizer
         self.limits = Limits(self.config.vocab_size, limits.max_sequence_length)
         tp_group = model.pg_collection.tp
-        engine_config = inference_config(model, self.config, limits, model.pg_collection)
-        agree(lambda: check_room(engine_config, model.embedding.word_embeddings.weight.device), tp_group)
-        self.engine = DynamicEngine(model, engine_config, tokenizer)
+        self.engine: SlotEngine | MegatronEngine | None = None
+        if pick_engine(engine, self.config) == SlotEngine.name:
+            self.engine = _slot_engine(model, self.config, limits, bursts, seed)
+        else:
+            engine_config = inference_config(model, self.config, limits, model.pg_collection)
+            agree(lambda: check_room(engine_config, model.embedding.word_embeddings.weight.device), tp_group)
+            self.engine = MegatronEngine(model, engine_config, tokenizer)
         on_gpu = model.embedding.word_embeddings.weight.is_cuda
         self._watch = PeerWatch(tp_group) if on_gpu and tp_group.size() > 1 else None
         self._step = self._watch.step if self._watch else nullcontext
@@ -93,6 +108,8 @@ class LLM:
         ops: str = "auto",
         tp_allreduce: AllReduceRecipe | RecipeBook | None = None,
         tp_overlap_from: int | None = None,
+        engine: str = "auto",
+        bursts: Bursts | None = None,
     ) -> "LLM":
         """Load a Hugging Face or state-spaces checkpoint, each rank its share.
 
@@ -108,6 +125,8 @@ class LLM:
             tp_overlap_from: passes over this many tokens of prompts or more go in two halves, one's partial sums
                 travelling while the other's products run, where all layers are SSMs (layers/halves.py); None is never.
             ops: who computes convolutions and scans, "auto", "triton" or "reference" (ops/choose.py), not norms.
+            engine: "slots", ours for models of SSM layers alone, "megatron", or "auto", which is ours where it can be.
+            bursts: how often our engine's host looks at what the device has generated; None is what suits the device.
             exact_norm: a Mamba-2 norm that spans ranks is finished before out_proj, by an all-reduce of its own.
 
         Raises:
@@ -128,6 +147,9 @@ class LLM:
             implementation(ops)
             checkpoint = open_model(path)
             check_tp_size(checkpoint.config, tp)
+            pick_engine(engine, checkpoint.config)
+            if bursts is not None and not isinstance(bursts, Bursts):
+                raise UserError("bursts", bursts, "is not one", "Bursts(longest=..., ...), or None")
             if tp_overlap_from is not None and not checkpoint.config.is_pure_ssm:
                 raise UserError("tp_overlap_from", tp_overlap_from, "the model has other layers than SSMs", "None")
             words = load_tokenizer(Path(tokenizer or path), checkpoint.config)
@@ -148,7 +170,7 @@ class LLM:
             parameters = dict(model.named_parameters())
             with tqdm(total=len(parameters), desc="loading", disable=None if groups.tp.rank() == 0 else True) as bar:
                 load_parameters(parameters, checkpoint, groups.tp.rank(), tp, lambda name: bar.update())
-            return cls(model.eval(), checkpoint, words, limits)
+            return cls(model.eval(), checkpoint, words, limits, engine, bursts, seed)
 
     def generate(
         self,
@@ -197,13 +219,13 @@ class LLM:
                 raise UserError("sampling_params", params, "is not one", "SamplingParams, or one for each prompt")
         if len(each) != len(prompts):
             raise UserError("sampling_params", len(each), "are not as many as prompts", f"one, or {len(prompts)}")
-        requests = []
+        requests, own = [], isinstance(self._open_engine(), SlotEngine)
         for index, (prompt, params) in enumerate(zip(prompts, each, strict=True)):
             ids = read_prompt(f"prompts[{index}]", prompt, params, self.tokenizer, self.limits)
             ends = self.config.eos_token_ids if params.termination_id is None else (params.termination_id,)
             words, word_ids = read_stop_words(params, self.tokenizer)
             stop = StopCondition(frozenset(ends) | word_ids, words, params.detokenize_stop_sequence, self.tokenizer)
-            requests.append(Request(ids, read_params(params, len(ids), self.limits), stop))
+            requests.append(Request(ids, read_params(params, len(ids), self.limits, own), stop))
         return requests
 
     def _run(self, prompts: Sequence[Prompt], requests: list[Request], seed: int | None) -> Iterator[TextPiece]:
@@ -217,7 +239,7 @@ class LLM:
             for progress in self._open_engine().run(requests, self._step, seed):
                 yield answers[progress.index].advance(progress)
 
-    def _open_engine(self) -> DynamicEngine:
+    def _open_engine(self) -> SlotEngine | MegatronEngine:
         if self.engine is None:
             raise UserError("LLM", "this one", "is closed", "one that is not")
         return self.engine
@@ -250,6 +272,31 @@ class LLM:
         positions = torch.arange(len(ids), device=device)[None]
         with self._open_engine().alone(), lost_peers_reported(), megatron_on_cpu(), self._step():
             return self.model(tokens, positions, None, runtime_gather_output=True)[0].float()
+
+
+def pick_engine(name: str, config: ModelConfig) -> str:
+    """ "slots" or "megatron", of what was asked for.
+
+    Raises:
+        UserError: there is none of that name, or the model has layers that ours cannot run.
+    """
+    if name not in ("auto", "slots", "megatron"):
+        raise UserError("engine", name, "is no engine", "auto, slots, megatron")
+    if name == "slots" and not config.is_pure_ssm:
+        raise UserError("engine", name, "the model has other layers than SSMs", "auto, megatron")
+    if name != "auto":
+        return name
+    return "slots" if config.is_pure_ssm else "megatron"
+
+
+def _slot_engine(
+    model: SSMModel, config: ModelConfig, limits: CacheLimits, bursts: Bursts | None, seed: int
+) -> SlotEngine:
+    tp_group, device = model.pg_collection.tp, model.embedding.word_embeddings.weight.device
+    sizes = (config, tp_group.size(), limits.max_requests)
+    dtypes = (model.config.params_dtype, limits.ssm_dtype)
+    agree(lambda: check_slots_fit(SlotTable.bytes_of(*sizes, *dtypes), device), tp_group)
+    return SlotEngine(model, SlotTable(*sizes, device, *dtypes), limits.max_tokens, bursts, seed)
 
 
 class _Answer:

@@ -9,6 +9,7 @@ from numbers import Real
 from megatron.core.inference.sampling_params import SamplingParams
 
 from ..errors import UserError
+from .stopping import StopCondition
 from .tokenizer import NoTokenizer, TextTokenizer
 
 Prompt = str | Sequence[int]
@@ -36,6 +37,25 @@ class GenerationOutput:
     finish_reason: str
     ttft: float
     tpot: float | None
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt to continue, checked: engines do not. `stop` says when its answer is over early."""
+
+    prompt: list[int]
+    params: SamplingParams
+    stop: StopCondition
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What request `index` has generated after a step; `finished` is set with its last tokens."""
+
+    index: int
+    token_ids: list[int]
+    log_probs: list[float] | None
+    finished: bool
 
 
 @dataclass(frozen=True)
@@ -83,8 +103,10 @@ def read_prompt(
     return ids
 
 
-def read_params(params: SamplingParams, prompt_length: int, limits: Limits) -> SamplingParams:
-    """A checked copy for Megatron: temperature 0 becomes greedy, and the token count is set.
+def read_params(params: SamplingParams, prompt_length: int, limits: Limits, own_engine: bool) -> SamplingParams:
+    """A checked copy: the token count is set, and what Megatron's class has no field for, see `_read_more`.
+
+    Megatron's engine wants greedy as top_k 1; ours as temperature 0.
 
     Stop words and prompt log-probabilities are off in it: `stopping` and `LLM.logits` see to them.
 
@@ -97,15 +119,33 @@ def read_params(params: SamplingParams, prompt_length: int, limits: Limits) -> S
     top_p = _number("top_p", params.top_p, 0, 1, "0 (off) to 1")
     if top_k and top_p:
         raise UserError("top_p", top_p, f"cannot go with top_k={top_k}", "one of the two")
+    _read_more(params, own_engine)
     if params.top_n_logprobs:
         raise UserError("top_n_logprobs", params.top_n_logprobs, "is not returned", "0; LLM.logits has all of them")
     if params.termination_id is not None:
         legal = f"-1 (none) to {limits.vocab_size - 1}"
         params.termination_id = _integer("termination_id", params.termination_id, -1, limits.vocab_size - 1, legal)
-    params.temperature, params.top_k, params.top_p = (temperature, top_k, top_p) if temperature else (1.0, 1, 0.0)
+    greedy = (0.0, 0, 0.0) if own_engine else (1.0, 1, 0.0)
+    params.temperature, params.top_k, params.top_p = (temperature, top_k, top_p) if temperature else greedy
     params.num_tokens_to_generate = _tokens_to_generate(params, prompt_length, limits)
     params.num_tokens_total, params.stop_words, params.skip_prompt_log_probs = None, None, True
     return params
+
+
+def _read_more(params: SamplingParams, own_engine: bool) -> None:
+    """min_p, repetition_penalty and seed, which `SamplingParams.add_attributes` gives; set to what means none."""
+    min_p = _number("min_p", getattr(params, "min_p", 0.0), 0, 1, "0 (off) to 1")
+    penalty = getattr(params, "repetition_penalty", 1.0)
+    penalty = _number("repetition_penalty", penalty, 1e-3, 1e3, "a positive number; 1 is off")
+    seed = getattr(params, "seed", None)
+    if seed is not None:
+        check_seed(seed)
+    for field, value, none in (("min_p", min_p, 0.0), ("repetition_penalty", penalty, 1.0), ("seed", seed, None)):
+        if value != none and not own_engine:
+            raise UserError(
+                field, value, "is not served by Megatron's engine", f"{none}, or a model of SSM layers alone"
+            )
+        setattr(params, field, value)
 
 
 def read_stop_words(params: SamplingParams, tokenizer: TextTokenizer | NoTokenizer) -> tuple[list[str], frozenset[int]]:

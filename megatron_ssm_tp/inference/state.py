@@ -79,11 +79,21 @@ def _attention_cache(config: ModelConfig, limits: CacheLimits, requests: int, tp
 
 def check_room(config: InferenceConfig, device: torch.device) -> None:
     """Raises UserError unless the cache fits in what is free: failing to allocate it may end the process."""
+    _check_free(
+        config.buffer_size_gb * 1024**3, device, "smaller max_requests, max_cached_tokens or max_sequence_length"
+    )
+
+
+def check_slots_fit(size: int, device: torch.device) -> None:
+    """As check_room, for `size` bytes of slots."""
+    _check_free(size, device, "smaller max_requests")
+
+
+def _check_free(size: float, device: torch.device, legal: str) -> None:
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    if config.buffer_size_gb * 1024**3 > free:
-        legal = "smaller max_requests, max_cached_tokens or max_sequence_length"
+    if size > free:
         problem = f"does not fit beside the weights, {free / 1024**3:.2f} GiB are free"
-        raise UserError("cache", f"{config.buffer_size_gb:.2f} GiB", problem, legal)
+        raise UserError("cache", f"{size / 1024**3:.2f} GiB", problem, legal)
 
 
 def inference_config(

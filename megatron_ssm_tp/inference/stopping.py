@@ -20,7 +20,7 @@ class StopCondition:
         keep_stop_word: bool,
         tokenizer: TextTokenizer | NoTokenizer,
     ) -> None:
-        self._end_ids, self._words, self._keep = end_ids, tuple(stop_words), keep_stop_word
+        self.end_ids, self._words, self._keep = end_ids, tuple(stop_words), keep_stop_word
         self._stream, self._seen, self._text = tokenizer.stream(), 0, ""
 
     def ends(self, token_ids: Sequence[int]) -> bool:
@@ -28,7 +28,7 @@ class StopCondition:
         if self._words:
             self._text += "".join(self._stream.push(int(token)) for token in token_ids[self._seen :])
             self._seen = len(token_ids)
-        return (bool(token_ids) and token_ids[-1] in self._end_ids) or self._cut(self._text) is not None
+        return (bool(token_ids) and token_ids[-1] in self.end_ids) or self._cut(self._text) is not None
 
     def visible(self, text: str) -> str:
         """`text` without the stop word that ended it."""

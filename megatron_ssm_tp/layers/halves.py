@@ -12,7 +12,6 @@ left in the prompt's slots in the same layer, as chunks of a prompt do from one 
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
 
@@ -21,44 +20,16 @@ from megatron.core.inference.contexts import BaseInferenceContext
 
 from .layer import MixerLayer
 from .norm import LocalRMSNorm
+from .pass_context import Counts, PassContext, Slots
 
 NEAR = 8  # a prompt's end is taken for the middle within an eighth of the tokens
 TILE = 128  # tokens that products take at a time
 
 
-@dataclass(frozen=True)
-class _Counts:
-    decode_req_count: int
-    prefill_req_count: int
-    token_count: int
-
-
-@dataclass(frozen=True)
-class _Slots:
-    batch_indices_decode: torch.Tensor | None
-    batch_indices_prefill: torch.Tensor
-    cu_seqlens: torch.Tensor
-
-
-@dataclass(frozen=True)
-class HalfContext:
-    """What SSM mixers ask a dynamic context for, of some of its tokens."""
-
-    whole: BaseInferenceContext
-    batch_dimensions: _Counts
-    mamba_metadata: _Slots
-    mamba_slot_allocator = None
-    num_speculative_tokens = 0
-
-    def is_dynamic_batching(self) -> bool:
-        return True
-
-    def mamba_states_cache(self, cache_number: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.whole.mamba_states_cache(cache_number)
-
-
 def prompt_lengths(context: BaseInferenceContext) -> list[int] | None:
     """Tokens of each prompt, or part of one, of this pass, as the host knows them; None if it does not."""
+    if isinstance(context, PassContext):
+        return None if context.lengths is None else list(context.lengths)
     counts = context.batch_dimensions
     first = context.paused_request_count + counts.decode_req_count
     lengths = context.request_query_lengths[first : context.total_request_count].tolist()
@@ -75,7 +46,7 @@ def middle(lengths: Sequence[int]) -> int:
     return whole // 2 // TILE * TILE or whole // 2
 
 
-def halves(context: BaseInferenceContext, lengths: Sequence[int]) -> list[tuple[slice, HalfContext]]:
+def halves(context: BaseInferenceContext, lengths: Sequence[int]) -> list[tuple[slice, PassContext]]:
     """Tokens of each half, and their context; the first has all decoding requests, the second all padding."""
     counts, metadata = context.batch_dimensions, context.mamba_metadata
     decodes, cut = counts.decode_req_count, middle(lengths)
@@ -83,15 +54,15 @@ def halves(context: BaseInferenceContext, lengths: Sequence[int]) -> list[tuple[
     begun = sum(end - length < cut for end, length in zip(ends, lengths, strict=True))
     over = sum(end <= cut for end in ends)
     slots, cu_seqlens = metadata.batch_indices_prefill, metadata.cu_seqlens
-    first = HalfContext(
+    first = PassContext(
         context,
-        _Counts(decodes, begun, decodes + cut),
-        _Slots(metadata.batch_indices_decode, slots[:begun], cu_seqlens[: begun + 1].clamp(max=cut)),
+        Counts(decodes, begun, decodes + cut),
+        Slots(metadata.batch_indices_decode, slots[:begun], cu_seqlens[: begun + 1].clamp(max=cut)),
     )
-    second = HalfContext(
+    second = PassContext(
         context,
-        _Counts(0, len(lengths) - over, counts.token_count - decodes - cut),
-        _Slots(
+        Counts(0, len(lengths) - over, counts.token_count - decodes - cut),
+        Slots(
             None,
             slots[over : len(lengths)],
             (cu_seqlens[over : len(lengths) + 1] - cut).clamp(min=0),
@@ -107,7 +78,7 @@ class _Half:
     would give its memory away at once.
     """
 
-    def __init__(self, hidden_states: torch.Tensor, normed: torch.Tensor, context: HalfContext, lanes: "_Lanes"):
+    def __init__(self, hidden_states: torch.Tensor, normed: torch.Tensor, context: PassContext, lanes: "_Lanes"):
         self.hidden_states, self.normed, self.context, self.lanes = hidden_states, normed, context, lanes
         self.made: torch.cuda.Event | None = None
         self.kept: tuple[torch.Tensor, ...] = ()

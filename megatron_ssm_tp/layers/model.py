@@ -1,6 +1,7 @@
 """A whole language model on one rank: Megatron's HybridModel with our stack and an exact vocabulary."""
 
 import torch
+import torch.distributed as dist
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -8,6 +9,7 @@ from megatron.core.transformer import TransformerConfig
 
 from ..config import AttentionConfig, Layer, ModelConfig
 from ..partition.layout import check_tp_size, padded_vocab_size
+from .pass_context import PassContext
 from .specs import model_stack_spec
 
 
@@ -38,8 +40,34 @@ class SSMModel(HybridModel):
         ids = torch.arange(first, first + logits.shape[-1], device=logits.device)
         return super().compute_language_model_loss(labels, logits.masked_fill(ids >= self.vocab_size, float("-inf")))
 
+    def logits_of_pass(
+        self, token_ids: torch.Tensor, context: PassContext, last: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """A pass over slots of state in inference: logits [rows, vocab_size] after the tokens whose indices are `last`
+        (None: all), in the model's dtype, the same on every rank.
+
+        Args:
+            token_ids: int64 [T], the tokens of the pass in `context`'s order.
+        """
+        hidden = self.embedding(input_ids=token_ids[None], position_ids=None)
+        hidden = self.decoder(hidden, attention_mask=None, inference_context=context)
+        hidden = hidden if last is None else hidden.index_select(0, last)
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        logits, _ = self.output_layer(hidden, weight=weight, runtime_gather_output=False)
+        return _gathered(self._scale_logits(logits)[:, 0], self.pg_collection.tp)[:, : self.vocab_size]
+
     def _scale_logits(self, logits: torch.Tensor) -> torch.Tensor:
         return logits if self.logits_multiplier == 1 else logits * self.logits_multiplier
+
+
+def _gathered(part: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """Each rank's [rows, columns / p] side by side on all. Megatron's own wants a CUDA device."""
+    if group.size() == 1:
+        return part
+    rows, columns = part.shape
+    parts = part.new_empty(group.size() * rows, columns)
+    dist.all_gather_into_tensor(parts, part.contiguous(), group=group)
+    return parts.view(-1, rows, columns).transpose(0, 1).flatten(1)
 
 
 # How the layers are written in Megatron's patterns: the symbol of the cache that a layer has, or of its first.

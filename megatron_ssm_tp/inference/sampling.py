@@ -1,0 +1,141 @@
+"""Choosing the next token of each row by its own parameters, in tensors alone: nothing is read by the host.
+
+A row's draw depends on its logits, its parameters, its seed and how many tokens it has, never on the rows beside it or
+on a generator's state: the same seed gives the same tokens in any company, as far as the logits are the same. What
+draws is one uniform number a token, a hash of seed and count, and the inverse of the distribution's sums.
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+
+_UNIFORM_BITS = 23  # of a float32's mantissa: a product with a sum stays below the sum
+
+
+@dataclass
+class RowParams:
+    """Parameters of rows, one each: temperature (0 is greedy), top_k (0 is off), top_p (0 is off), min_p,
+    repetition_penalty (1 is off), seed."""
+
+    temperature: torch.Tensor  # float32
+    top_k: torch.Tensor  # int64
+    top_p: torch.Tensor  # float32
+    min_p: torch.Tensor  # float32
+    repetition_penalty: torch.Tensor  # float32
+    seed: torch.Tensor  # int64
+
+    @classmethod
+    def blank(cls, rows: int, device: torch.device) -> "RowParams":
+        """Greedy rows."""
+
+        def full(value: float) -> torch.Tensor:
+            return torch.full(
+                (rows,), value, device=device, dtype=torch.float32 if type(value) is float else torch.int64
+            )
+
+        return cls(full(0.0), full(0), full(0.0), full(0.0), full(1.0), full(0))
+
+    def at(self, rows: torch.Tensor) -> "RowParams":
+        """Those of some rows, by index."""
+        return RowParams(*[getattr(self, field.name)[rows] for field in fields(self)])
+
+
+@dataclass(frozen=True)
+class SamplingNeeds:
+    """What any row of a batch asks for; what none does is not computed.
+
+    Args:
+        random: a temperature above 0.
+        ranked: top_k or top_p, which sort the vocabulary.
+        penalized: a repetition penalty.
+        log_probs: log-probabilities of the tokens chosen.
+    """
+
+    random: bool = False
+    ranked: bool = False
+    penalized: bool = False
+    log_probs: bool = False
+
+    def __or__(self, other: "SamplingNeeds") -> "SamplingNeeds":
+        return SamplingNeeds(*[getattr(self, f.name) or getattr(other, f.name) for f in fields(self)])
+
+
+def sample(
+    logits: torch.Tensor,
+    params: RowParams,
+    counts: torch.Tensor,
+    needs: SamplingNeeds,
+    seen: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The next token of each row.
+
+    Repetition penalty, temperature, then top-k, top-p and min-p of what is left, as in Hugging Face's processors; a
+    tie of greedy rows goes to the lowest id.
+
+    Args:
+        logits: [rows, V], any float dtype; computed in float32.
+        params: of these rows.
+        counts: int64 [rows], tokens that each has generated before: what its draw depends on besides the seed.
+        seen: bool [rows, V], tokens that are penalized; needed where `needs.penalized`.
+
+    Returns:
+        tokens int64 [rows]; and where asked for the natural logarithm of their probabilities by `logits` as they are,
+        float32 [rows].
+    """
+    given = logits.float()
+    scores = _penalized(given, seen, params.repetition_penalty) if needs.penalized else given
+    tokens = scores.argmax(-1)
+    if needs.random:
+        greedy = params.temperature == 0
+        scaled = scores / torch.where(greedy, 1.0, params.temperature)[:, None]
+        drawn = _draw(scaled.softmax(-1), params, uniform(params.seed, counts), needs.ranked)
+        tokens = torch.where(greedy, tokens, drawn)
+    if not needs.log_probs:
+        return tokens, None
+    return tokens, given.gather(-1, tokens[:, None])[:, 0] - given.logsumexp(-1)
+
+
+def _penalized(scores: torch.Tensor, seen: torch.Tensor, penalty: torch.Tensor) -> torch.Tensor:
+    """Scores of seen tokens divided by the penalty if positive, else multiplied (HF: RepetitionPenalty..)."""
+    factor = torch.where(scores > 0, 1 / penalty[:, None], penalty[:, None])
+    return torch.where(seen, scores * factor, scores)
+
+
+def _draw(probs: torch.Tensor, params: RowParams, u: torch.Tensor, ranked: bool) -> torch.Tensor:
+    """Token of each row at `u` [rows] of the sums of what is kept of probs [rows, V]."""
+    order = None
+    largest = probs.amax(-1, keepdim=True)
+    if ranked:
+        probs, order = probs.sort(dim=-1, descending=True, stable=True)
+        place = torch.arange(probs.shape[-1], device=probs.device)
+        kept = (place < params.top_k[:, None]) | (params.top_k[:, None] == 0)
+        before = probs.cumsum(-1) - probs  # the first always stays
+        kept &= (before < params.top_p[:, None]) | (params.top_p[:, None] == 0)
+        probs = torch.where(kept, probs, 0.0)
+    probs = torch.where(probs >= params.min_p[:, None] * largest, probs, 0.0)
+    sums = probs.cumsum(-1)
+    index = (sums <= u[:, None] * sums[:, -1:]).sum(-1)
+    return index if order is None else order.gather(-1, index[:, None])[:, 0]
+
+
+def uniform(seeds: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """float32 in [0, 1) of each pair of int64: three rounds of splitmix64's finalizer."""
+    mixed = _mix(_mix(seeds) + counts)
+    return (_mix(mixed) & ((1 << _UNIFORM_BITS) - 1)).float() * 2.0**-_UNIFORM_BITS
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    """splitmix64 (Steele, Lea, Flood 2014) on int64, which wraps as uint64 does."""
+    x = x + _signed(0x9E3779B97F4A7C15)
+    x = (x ^ _shifted(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shifted(x, 27)) * _signed(0x94D049BB133111EB)
+    return x ^ _shifted(x, 31)
+
+
+def _shifted(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """x >> bits with zeros from the left."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(unsigned: int) -> int:
+    return unsigned - (1 << 64) if unsigned >= 1 << 63 else unsigned

@@ -1,0 +1,108 @@
+"""Slots: what one request keeps on the device while it runs, all of constant size; and the tensors that hold them.
+
+Every tensor has a row for each slot and one more, which stands for no slot: index -1 is padding, in kernels nothing is
+read or written for it, and what indexing in torch writes there nobody reads.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from ..config import ModelConfig
+from ..partition.layout import state_bytes, state_shapes
+from .sampling import RowParams, SamplingNeeds, sample
+
+END_IDS = 8  # of a request, that are looked for on the device; the host looks for all of them
+
+
+class SlotTable:
+    """States and sampling of `slots` requests on one rank.
+
+    Args:
+        config: of a model whose layers are all SSMs.
+        slots: requests that can run at once.
+        dtype, ssm_dtype: of the convolutions' states, and of the recurrences'.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        tp: int,
+        slots: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        ssm_dtype: torch.dtype,
+    ) -> None:
+        rows, (conv, ssm) = slots + 1, state_shapes(config.mixer, tp)
+        self.slots, self.device, self._vocab_size = slots, device, config.vocab_size
+        self.conv = torch.zeros(config.ssm_states, rows, *conv, device=device, dtype=dtype)
+        self.ssm = torch.zeros(config.ssm_states, rows, *ssm, device=device, dtype=ssm_dtype)
+        self.params = RowParams.blank(rows, device)
+        self.next_token = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.counts = torch.zeros_like(self.next_token)  # tokens generated
+        self.limits = torch.zeros_like(self.next_token)  # and how many at most
+        self.alive = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.end_ids = torch.full((rows, END_IDS), -1, dtype=torch.int64, device=device)
+        self._seen: torch.Tensor | None = None
+
+    @staticmethod
+    def bytes_of(config: ModelConfig, tp: int, slots: int, dtype: torch.dtype, ssm_dtype: torch.dtype) -> int:
+        """Bytes of the states on one rank."""
+        return (slots + 1) * state_bytes(config, tp, dtype.itemsize, ssm_dtype.itemsize)
+
+    def mamba_states_cache(self, cache_number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """conv and ssm states [slots + 1, ..] of the mixer of that number, from 1."""
+        return self.conv[cache_number - 1], self.ssm[cache_number - 1]
+
+    @property
+    def seen(self) -> torch.Tensor:
+        """bool [slots + 1, vocab_size]: tokens of prompt and answer; made when a penalty first asks."""
+        if self._seen is None:
+            self._seen = torch.zeros(self.slots + 1, self._vocab_size, dtype=torch.bool, device=self.device)
+        return self._seen
+
+    def begin(
+        self, slot: int, prompt: Sequence[int], sampling: dict[str, float], limit: int, end_ids: Sequence[int]
+    ) -> None:
+        """A new request in `slot`, its states zero.
+
+        Args:
+            sampling: a value for each field of RowParams.
+            limit: tokens to generate at most.
+        """
+        self.conv[:, slot] = 0
+        self.ssm[:, slot] = 0
+        for name, value in sampling.items():
+            getattr(self.params, name)[slot] = value
+        self.counts[slot], self.limits[slot], self.alive[slot] = 0, limit, True
+        ids = [*end_ids, *[-1] * END_IDS][:END_IDS]
+        self.end_ids[slot] = torch.tensor(ids, device=self.device)
+        if sampling["repetition_penalty"] != 1:
+            self.seen[slot] = False
+            self.seen[slot, torch.tensor(prompt, device=self.device)] = True
+
+    def end(self, slot: int) -> None:
+        """Nothing more is generated in `slot`."""
+        self.alive[slot] = False
+
+    def live(self, slots: torch.Tensor) -> torch.Tensor:
+        """`slots` int64 [rows], -1 in the place of those whose answer is over."""
+        return torch.where(self.alive[slots], slots, -1)
+
+    def choose(
+        self, logits: torch.Tensor, slots: torch.Tensor, needs: SamplingNeeds
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The next token of each slot from logits [rows, vocab_size], and what follows from it for the slot.
+
+        Returns:
+            int64 [rows], -1 where the answer was over before; and log-probabilities float32 [rows], if asked for.
+        """
+        params, counts, alive = self.params.at(slots), self.counts[slots], self.alive[slots]
+        seen = self.seen[slots] if needs.penalized else None
+        tokens, log_probs = sample(logits, params, counts, needs, seen)
+        counts = counts + alive
+        over = (tokens[:, None] == self.end_ids[slots]).any(-1) | (counts >= self.limits[slots])
+        self.counts[slots], self.next_token[slots], self.alive[slots] = counts, tokens, alive & ~over
+        if needs.penalized:
+            self.seen[slots, tokens] = True
+        return torch.where(alive, tokens, -1), log_probs
