@@ -16,6 +16,7 @@ import gc
 import json
 import os
 import sys
+from functools import partial
 from itertools import product
 from pathlib import Path
 from time import perf_counter
@@ -24,6 +25,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from bench_models import MODELS, MambaSsm, Ours, Pass, differences, free_memory, no_rival, read_model
+from decode_bench import DecodeCell, decode_ours, decode_table, decode_theirs
 from inference_report import OURS, RIVAL, Cell, report, with_ratios
 from layer_parts import OUTSIDE, seconds_by_part
 from measure import (
@@ -62,6 +64,13 @@ def read_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     prefill.add_argument("--parts", action="store_true", help="a layer's time by part, from the profiler")
     _add_common(prefill)
+    decode = commands.add_parser("decode", help="steps of decoding, a token a request each")
+    decode.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64], metavar="N", help="requests (1 8 64)")
+    decode.add_argument(
+        "--ssm-dtypes", nargs="+", default=["float32"], metavar="DTYPE", help=f"of states: {', '.join(DTYPES)}"
+    )
+    decode.add_argument("--no-graphs", action="store_true", help="launch every kernel instead of replaying graphs")
+    _add_common(decode)
     return made.parse_args(argv)
 
 
@@ -79,8 +88,9 @@ class Asked(NamedTuple):
     """What the options ask for, checked."""
 
     models: dict[str, tuple[ModelConfig, int]]
-    shapes: list[tuple[int, int]]
+    shapes: list[tuple[int, int]]  # of prefill
     dtype: torch.dtype
+    ssm_dtypes: list[torch.dtype]  # of decode
 
 
 def check(args: argparse.Namespace, ranks: int) -> Asked:
@@ -91,16 +101,26 @@ def check(args: argparse.Namespace, ranks: int) -> Asked:
         recipe_by_name(recipe)
         if recipe != "none" and ranks == 1:
             raise UserError("--recipes", recipe, "one rank reduces nothing", "none, or torchrun --nproc-per-node 2")
-    for passes in args.passes:
+    for passes in getattr(args, "passes", ()):
         if passes not in PASSES:
             raise UserError("--passes", passes, "is no way to make a pass", ", ".join(PASSES))
     check_writable("--json", args.json)
     check_plot(args.plot)
     models = {_title(name): read_model(_raw(name), args.layers) for name in args.models}
     for name, (model, _) in models.items():
-        if "halves" in args.passes and not model.is_pure_ssm:
+        if "halves" in getattr(args, "passes", ()) and not model.is_pure_ssm:
             raise UserError("--passes", "halves", f"{name} has other layers than SSMs", "whole")
-    return Asked(models, [_shape(text) for text in args.shapes], getattr(torch, args.dtype))
+        if args.command == "decode" and not model.is_pure_ssm:
+            raise UserError("--models", name, "has other layers than SSMs, which Megatron's engine decodes", "others")
+    shapes = [_shape(text) for text in getattr(args, "shapes", ())]
+    for dtype in getattr(args, "ssm_dtypes", ()):
+        if dtype not in DTYPES:
+            raise UserError("--ssm-dtypes", dtype, "cannot be run", ", ".join(DTYPES))
+    for batch in getattr(args, "batches", ()):
+        if batch < 1:
+            raise UserError("--batches", batch, "is no number of requests", "an integer from 1")
+    ssm_dtypes = [getattr(torch, dtype) for dtype in getattr(args, "ssm_dtypes", ())]
+    return Asked(models, shapes, getattr(torch, args.dtype), ssm_dtypes)
 
 
 def _title(name: str) -> str:
@@ -220,6 +240,56 @@ class Bench:
         return {part: taken * 1e3 / (1 if part == OUTSIDE else layers) for part, taken in seconds.items()}
 
 
+class DecodeBench:
+    """All that is measured of one model's steps."""
+
+    def __init__(
+        self, name: str, asked: Asked, args: argparse.Namespace, groups: ProcessGroupCollection, device: torch.device
+    ) -> None:
+        self.name, self.asked, self.args, self.groups, self.device = name, asked, args, groups, device
+        self.config, self.whole = asked.models[name]
+
+    def run(self, cells: list[DecodeCell]) -> None:
+        free_memory()
+        ours = Ours(self.config, self.groups, self.device, self.asked.dtype, 1)
+        for recipe, ssm_dtype, batch in product(self.args.recipes, self.asked.ssm_dtypes, self.args.batches):
+            set_recipes(ours.model, recipe_by_name(recipe))
+            words = [OURS, f"{str(ssm_dtype).removeprefix('torch.')} states", *([recipe] if recipe != "none" else [])]
+            blank = DecodeCell(self.name, ", ".join(words), batch)
+            graphs = self.device.type == "cuda" and not self.args.no_graphs
+            found, note = tried(partial(decode_ours, ours, batch, ssm_dtype, graphs), self.device)
+            self._add(cells, blank._replace(note=note), found)
+            free_memory()
+        del ours
+        free_memory()
+        missing = no_rival(self.config, self.groups.tp.size()) or ("" if self.device.type == "cuda" else "needs a GPU")
+        try:
+            theirs = None if missing else MambaSsm(self.config, self.device, self.asked.dtype)
+        except ImportError as error:
+            theirs, missing = None, f"cannot be imported ({error})"
+        if theirs is None:
+            say(f"{RIVAL} is not measured: {missing}")
+            return
+        for batch in self.args.batches:
+            found, note = tried(partial(decode_theirs, theirs, batch), self.device)
+            self._add(cells, DecodeCell(self.name, RIVAL, batch, note=note), found and (found, None, None))
+
+    def _add(self, cells: list[DecodeCell], blank: DecodeCell, found: tuple | None) -> None:
+        cells.append(blank if found is None else blank._replace(seconds=found[0], host=found[1], floor=found[2]))
+        if is_speaker():
+            said = cells[-1].note if found is None else f"{found[0] * 1e3:.3f} ms"
+            print(f"{blank.model}, {blank.way}, {blank.batch}: {said}", file=sys.stderr, flush=True)
+
+
+def report_decode(args: argparse.Namespace, found: dict[str, str], cells: list[DecodeCell]) -> None:
+    say(decode_table(cells) + "\n")
+    for cell in (cell for cell in cells if cell.note):
+        say(f"Not measured: {cell.model}, {cell.way}, {cell.batch}: {cell.note}")
+    if args.json:
+        content = {"conditions": found, "layers": args.layers, "cells": [cell._asdict() for cell in cells]}
+        Path(args.json).write_text(json.dumps(content, indent=1) + "\n")
+
+
 def run(args: argparse.Namespace) -> None:
     os.environ.update(NO_MULTICAST)
     began = perf_counter()
@@ -231,11 +301,16 @@ def run(args: argparse.Namespace) -> None:
     try:
         with lost_peers_reported():
             for name in asked.models:
+                if args.command == "decode":
+                    DecodeBench(name, asked, args, groups, device).run(cells)
+                    continue
                 bench = Bench(name, asked, args, groups, device)
                 notes[name] = bench.notes
                 bench.run(cells)
     finally:
-        if is_speaker():
+        if is_speaker() and args.command == "decode":
+            report_decode(args, found, cells)
+        elif is_speaker():
             report(args, found, with_ratios(cells), notes)
     say(f"{perf_counter() - began:.0f} s in all.")
     dist.barrier()

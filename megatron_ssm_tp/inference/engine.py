@@ -37,7 +37,7 @@ class Bursts:
         longest: steps of a burst; answers are seen that many tokens at a time.
         while_reading: the same, while prompts are read between bursts.
         ahead: passes and bursts that are launched before the first is looked at.
-        graphs: replay CUDA graphs.
+        graphs: replay CUDA graphs; a CPU has none.
     """
 
     longest: int = 16
@@ -107,7 +107,8 @@ class SlotEngine(AbstractEngine):
     ) -> None:
         self.model, self.table, self.max_tokens = model, table, max_tokens
         self.bursts = bursts or Bursts.on(table.device)
-        self.decoder = Decoder(model, table, self.bursts.longest, self.bursts.graphs)
+        graphs = self.bursts.graphs and table.device.type == "cuda"
+        self.decoder = Decoder(model, table, self.bursts.longest, graphs)
         self._one_run, self._seed, self._ordinals = threading.Lock(), seed, itertools.count()
         self._waiting: deque[_Running] = deque()
         self._reading: deque[_Running] = deque()
@@ -187,7 +188,7 @@ class SlotEngine(AbstractEngine):
 
     def step(self) -> list[Progress]:
         """Launch a pass over prompts and a burst, if there is something to launch, and tell what has come meanwhile."""
-        with _inference(), torch.inference_mode():
+        with inference_active(), torch.inference_mode():
             self._admit()
             launched = self._read()
             launched |= self._decode()
@@ -310,7 +311,7 @@ def _needs(rows: Sequence[_Running]) -> SamplingNeeds:
 
 
 @contextmanager
-def _inference() -> Iterator[None]:
+def inference_active() -> Iterator[None]:
     """Megatron's process-wide inference flag, which mixers read: on inside, and after it as it was."""
     was_active = InferenceMode.is_active()
     InferenceMode.set_active()

@@ -1,0 +1,119 @@
+"""What bench_inference.py decode measures: a step of ours, in the engine's bursts, and of mamba-ssm's by its graph.
+
+A step takes each request's token and state to its next token, greedy; the host looks every BURST of them. Its floor is
+the time to read the weights once, and to read and write the states, at the memory's speed.
+"""
+
+from collections.abc import Callable
+from time import perf_counter
+from typing import NamedTuple
+
+import torch
+from bench_models import MambaSsm, Ours, draw_tokens
+from measure import largest, markdown
+
+from megatron_ssm_tp.inference.decoder import Decoder
+from megatron_ssm_tp.inference.engine import inference_active
+from megatron_ssm_tp.inference.sampling import SamplingNeeds
+from megatron_ssm_tp.inference.slots import SlotTable
+
+BURST, BURSTS = 32, 5
+BYTES_PER_SECOND = 3.0e12  # an H100's memory
+_UNENDING = 1 << 40  # tokens
+_PROMPT, _SHORT, _LONG = 16, 33, 161  # tokens: of mamba-ssm's prompt, and of two answers whose difference is timed
+
+
+class DecodeCell(NamedTuple):
+    """Seconds of a step of `batch` requests, medians; `host`: of them those in which the host was busy."""
+
+    model: str
+    way: str
+    batch: int
+    seconds: float | None = None
+    host: float | None = None
+    floor: float | None = None
+    note: str = ""
+
+
+def decode_ours(ours: Ours, batch: int, ssm_dtype: torch.dtype, graphs: bool) -> tuple[float, float, float]:
+    """Seconds of a step, of the host's work for it, and of its floor."""
+    group, parameter = ours.groups.tp, next(ours.model.parameters())
+    sizes = (ours.config, group.size(), batch)
+    dtypes = (ours.model.config.params_dtype, ssm_dtype)
+    table = SlotTable(*sizes, parameter.device, *dtypes)
+    sampling = {"temperature": 0.0, "top_k": 0, "top_p": 0.0, "min_p": 0.0, "repetition_penalty": 1.0, "seed": 0}
+    for slot in range(batch):
+        table.begin(slot, [0], sampling, _UNENDING, [])
+    table.next_token[:batch] = draw_tokens(batch, 1, ours.config.vocab_size)[:, 0].to(parameter.device)
+    decoder, found = Decoder(ours.model, table, BURST, graphs), []
+
+    def burst() -> tuple[float, float]:
+        begin = perf_counter()
+        with inference_active(), torch.inference_mode():
+            emitted = decoder.burst(range(batch), BURST, SamplingNeeds())
+        launched = perf_counter()
+        emitted.wait()
+        return perf_counter() - begin, launched - begin
+
+    for repeat in range(2 + BURSTS):
+        seconds = burst()
+        if repeat >= 2:
+            found.append(seconds)
+    if not (table.ssm[:, :batch].isfinite().all() and table.counts[:batch].eq((2 + BURSTS) * BURST).all()):
+        raise ArithmeticError("states are not finite, or tokens are missing")
+    step, host = (largest(sorted(column)[BURSTS // 2] / BURST, parameter.device) for column in zip(*found, strict=True))
+    return step, host, floor_seconds(ours, table)
+
+
+def floor_seconds(ours: Ours, table: SlotTable) -> float:
+    """Reading the weights that a step uses, and reading and writing the states of the table's slots."""
+    tied = ours.model.share_embeddings_and_output_weights
+    embedding = ours.model.embedding.word_embeddings.weight
+    weights = sum(p.nbytes for p in ours.model.parameters()) - (0 if tied else embedding.nbytes)
+    states = (table.conv.nbytes + table.ssm.nbytes) * table.slots // (table.slots + 1)
+    return (weights + 2 * states) / BYTES_PER_SECOND
+
+
+def decode_theirs(theirs: MambaSsm, batch: int) -> float:
+    """Seconds of a step of mamba-ssm's generate with its CUDA graph, greedy; what a prompt costs is taken off."""
+    tokens = draw_tokens(batch, _PROMPT, theirs.vocab_size).to(theirs.device)
+
+    def taken(count: int) -> float:
+        def generate() -> object:
+            return theirs.model.generate(input_ids=tokens, max_length=_PROMPT + count, cg=True, top_k=1)
+
+        return _timed(generate)
+
+    return (taken(_LONG) - taken(_SHORT)) / (_LONG - _SHORT)
+
+
+def _timed(run: Callable[[], object]) -> float:
+    """The median of three, after one that is not counted."""
+    found = []
+    for _ in range(4):
+        torch.cuda.synchronize()
+        begin = perf_counter()
+        with torch.inference_mode():
+            run()
+        torch.cuda.synchronize()
+        found.append(perf_counter() - begin)
+    return sorted(found[1:])[1]
+
+
+def decode_table(cells: list[DecodeCell]) -> str:
+    """Markdown, a row a way and batch; ratios to mamba-ssm's step of the same model and batch."""
+    rows = []
+    for cell in cells:
+        if cell.seconds is None:
+            continue
+        rival = next(
+            (c.seconds for c in cells if (c.model, c.batch) == (cell.model, cell.batch) and c.host is None), None
+        )
+        values = [(cell.seconds * 1e3, ".3f"), (cell.batch / cell.seconds, ".0f")]
+        values += [(cell.floor / cell.seconds * 100 if cell.floor else None, ".0f")]
+        values += [(cell.host / cell.seconds * 100 if cell.host else None, ".1f")]
+        values += [(rival / cell.seconds if rival else None, ".2f")]
+        shown = [format(value, form) if value is not None else "-" for value, form in values]
+        rows.append([cell.model, cell.way, str(cell.batch), *shown])
+    header = ["model", "way", "batch", "ms a step", "tokens/s", "% of the floor", "host, % of a step", "times as fast"]
+    return markdown(header, rows)
