@@ -187,7 +187,11 @@ def test_the_cache_has_room_for_one_request(tokens):
         CacheLimits(max_sequence_length=512, max_cached_tokens=tokens)
 
 
-@pytest.mark.parametrize("limits", [{"max_sequence_length": 10**9}, {"max_requests": 10**7}], ids=str)
+@pytest.mark.parametrize(
+    "limits",
+    [{"max_sequence_length": 10**9, "engine": "megatron"}, {"max_requests": 10**7}],
+    ids=["phantom cache", "slots"],
+)
 def test_a_cache_that_does_not_fit_is_refused_before_it_is_built(world, tiny, limits):
     for message in world(2).run(jobs.error_of, tiny("mamba").path, [[1]], **limits):
         assert re.search(

@@ -42,7 +42,8 @@ from measure import (
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_ssm_tp.cli.console import Parser, guarded, is_speaker, say
-from megatron_ssm_tp.comm.recipes import RECIPE_NAMES, recipe_by_name
+from megatron_ssm_tp.comm.recipe_book import RecipeBook
+from megatron_ssm_tp.comm.recipes import RECIPE_NAMES, AllReduceRecipe, recipe_by_name
 from megatron_ssm_tp.config import DTYPES, ModelConfig
 from megatron_ssm_tp.errors import UserError
 from megatron_ssm_tp.inference.distributed import join
@@ -79,7 +80,13 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", nargs="+", default=["falcon-mamba-7b"], metavar="MODEL", help=named)
     parser.add_argument("--layers", type=int, metavar="N", help="run the first N layers and scale")
     parser.add_argument("--dtype", default="bfloat16", help=", ".join(DTYPES))
-    parser.add_argument("--recipes", nargs="+", default=["none"], metavar="RECIPE", help=", ".join(RECIPE_NAMES))
+    parser.add_argument(
+        "--recipes",
+        nargs="+",
+        default=["none"],
+        metavar="RECIPE",
+        help=f"{', '.join(RECIPE_NAMES)}, or a YAML file (docs/recipes.md)",
+    )
     parser.add_argument("--json", metavar="FILE", help="write the numbers there as well")
     parser.add_argument("--plot", metavar="FILE", help="tokens a second, as a picture")
 
@@ -98,7 +105,7 @@ def check(args: argparse.Namespace, ranks: int) -> Asked:
     if args.dtype not in DTYPES:
         raise UserError("--dtype", args.dtype, "cannot be run", ", ".join(DTYPES))
     for recipe in args.recipes:
-        recipe_by_name(recipe)
+        _recipes(recipe)
         if recipe != "none" and ranks == 1:
             raise UserError("--recipes", recipe, "one rank reduces nothing", "none, or torchrun --nproc-per-node 2")
     for passes in getattr(args, "passes", ()):
@@ -136,6 +143,11 @@ def _raw(name: str) -> dict:
     except (OSError, ValueError) as error:
         legal = f"{', '.join(MODELS)}, or the path of a config.json"
         raise UserError("--models", name, f"is no shape that is known, nor a file ({error})", legal) from None
+
+
+def _recipes(name: str) -> AllReduceRecipe | RecipeBook | None:
+    """A recipe by its name, or those that a YAML file gives the sites."""
+    return RecipeBook.from_yaml_file(name) if name.endswith((".yaml", ".yml")) else recipe_by_name(name)
 
 
 def _shape(text: str) -> tuple[int, int]:
@@ -178,7 +190,7 @@ class Bench:
         if passing is None:
             return [blank._replace(note=note)]
         for recipe, passes in product(self.args.recipes, self.args.passes):
-            set_recipes(ours.model, recipe_by_name(recipe))
+            set_recipes(ours.model, _recipes(recipe))
             ours.model.decoder.overlap_from = 2 if passes == "halves" else None
             chosen = [word for word in (recipe, passes) if word not in ("none", "whole")]
             cell = self._timed(ours, passing, blank._replace(way=", ".join([blank.way, *chosen])))
@@ -253,7 +265,7 @@ class DecodeBench:
         free_memory()
         ours = Ours(self.config, self.groups, self.device, self.asked.dtype, 1)
         for recipe, ssm_dtype, batch in product(self.args.recipes, self.asked.ssm_dtypes, self.args.batches):
-            set_recipes(ours.model, recipe_by_name(recipe))
+            set_recipes(ours.model, _recipes(recipe))
             words = [OURS, f"{str(ssm_dtype).removeprefix('torch.')} states", *([recipe] if recipe != "none" else [])]
             blank = DecodeCell(self.name, ", ".join(words), batch)
             graphs = self.device.type == "cuda" and not self.args.no_graphs

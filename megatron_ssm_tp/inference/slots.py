@@ -104,5 +104,6 @@ class SlotTable:
         over = (tokens[:, None] == self.end_ids[slots]).any(-1) | (counts >= self.limits[slots])
         self.counts[slots], self.next_token[slots], self.alive[slots] = counts, tokens, alive & ~over
         if needs.penalized:
-            self.seen[slots, tokens] = True
+            # not `= True`, a value of the host, which no graph takes
+            self.seen.index_put_((slots, tokens), torch.ones_like(alive))
         return torch.where(alive, tokens, -1), log_probs

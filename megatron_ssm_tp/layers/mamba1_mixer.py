@@ -29,6 +29,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import nn
 
 from ..config import Mamba1Config
+from ..ops import dt_step
 from ..ops.bcdt import split_bcdt
 from ..partition.layout import state_shapes
 from ..partition.parameters import mamba1_parameters
@@ -135,7 +136,7 @@ class Mamba1Mixer(SSMMixer):
 
     def _scan_arguments(self, tokens: Tensors) -> Tensors:
         x, dt, B, C, z = tokens
-        return x, dt, -torch.exp(self.A_log), B, C, self.D, z, self.dt_proj.bias
+        return x, dt, self.decay_rates(), B, C, self.D, z, self.dt_proj.bias
 
     def scan(self, tokens: Tensors, state: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         return self.ops.selective_scan(*self._scan_arguments(tokens), state)
@@ -147,6 +148,25 @@ class Mamba1Mixer(SSMMixer):
 
     def ssm_decode(self, tokens: Tensors, states: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         return self.ops.selective_state_step(*self._scan_arguments(tokens), states, slots)
+
+    def decode(
+        self,
+        x: torch.Tensor,
+        around: Tensors,
+        conv_states: torch.Tensor,
+        ssm_states: torch.Tensor,
+        slots: torch.Tensor,
+    ) -> torch.Tensor:
+        """As SSMMixer's; on GPUs few requests take one kernel from x_proj on."""
+        dims, requests = self.dims, x.shape[0]
+        fused = self.ops.name == "triton" and dims.n_heads == 1 and dt_step.fits(requests, dims.dt_rank)
+        if not fused or torch.is_grad_enabled():
+            return super().decode(x, around, conv_states, ssm_states, slots)
+        convolved = self.ops.causal_conv1d_step(x.squeeze(1), *self.conv_weights(), conv_states, slots)
+        bcdt, _ = self.x_proj(convolved.unsqueeze(1))
+        given = (bcdt.squeeze(1), convolved, around[0].squeeze(1), self.dt_proj.weight, self.decay_rates())
+        y = dt_step.dt_and_step(*given, self.D, self.dt_proj.bias, ssm_states, slots, dims.bcdt_norm_eps)
+        return y.unsqueeze(1)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """As PartitionedModule's. Linears of a head have no extra state: at other TP sizes they are other modules."""

@@ -111,7 +111,7 @@ class Mamba2Mixer(SSMMixer):
         x, dt, B, C = tokens
         x = x.unflatten(-1, (-1, self.dims.head_dim))
         B, C = (t.unflatten(-1, (-1, self.dims.d_state)) for t in (B, C))
-        return x, dt, -torch.exp(self.A_log), B, C, self.D, self.dt_bias, self.dims.dt_limit
+        return x, dt, self.decay_rates(), B, C, self.D, self.dt_bias, self.dims.dt_limit
 
     def scan(self, tokens: Tensors, state: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         y, state = ssd_reference.ssd(*self._scan_arguments(tokens), state)

@@ -60,6 +60,7 @@ class SSMMixer(PartitionedModule):
     ) -> None:
         super().__init__(config, table, pg_collection.tp)
         self.ops = implementation(ops)
+        self._rates, self._rates_made_of = None, None
         self.layer_number, self.cache_number = layer_number, layer_number - pp_layer_offset
 
     def _build_parameters(self, device: torch.device) -> None:
@@ -186,6 +187,9 @@ class SSMMixer(PartitionedModule):
         conv_states, ssm_states = context.mamba_states_cache(self.cache_number)
         metadata, batch = context.mamba_metadata, context.batch_dimensions
         decodes, prefills, tokens = batch.decode_req_count, batch.prefill_req_count, batch.token_count
+        if not prefills and decodes == tokens == x.shape[0]:
+            slots = metadata.batch_indices_decode[:decodes]
+            return self.decode(x, around, conv_states, ssm_states, slots)
         x = x.squeeze(1)
         # Padding goes with the prompts, which leave it out.
         decode, prefill = slice(0, decodes), slice(decodes, x.shape[0])
@@ -206,6 +210,32 @@ class SSMMixer(PartitionedModule):
         if prefills:
             parts.append(self.ssm_prefill(_part(inputs, prefill), ssm_states, prefill_slots, cu_seqlens))
         return _joined(parts, tokens, inputs[0].flatten(1)).unsqueeze(1)
+
+    def decode(
+        self,
+        x: torch.Tensor,
+        around: Tensors,
+        conv_states: torch.Tensor,
+        ssm_states: torch.Tensor,
+        slots: torch.Tensor,
+    ) -> torch.Tensor:
+        """One token of each of s requests and nothing else: x [s, 1, ..] -> y [s, 1, D/p]."""
+        convolved = self.ops.causal_conv1d_step(x.squeeze(1), *self.conv_weights(), conv_states, slots)
+        inputs = tuple(t.squeeze(1) for t in self.inputs(convolved.unsqueeze(1), around))
+        return self.ssm_decode(inputs, ssm_states, slots).unsqueeze(1)
+
+    def decay_rates(self) -> torch.Tensor:
+        """A = -exp(A_log), float32. Without autograd it is kept, and in its place: CUDA graphs read it there."""
+        if torch.is_grad_enabled() or self.A_log.is_inference():
+            return -torch.exp(self.A_log)
+        made_of = self.A_log.data_ptr(), self.A_log._version, self.A_log.device
+        if self._rates_made_of != made_of:
+            with torch.inference_mode(False), torch.no_grad():  # what is made in inference mode cannot be written to
+                rates = -torch.exp(self.A_log)
+            same_place = self._rates is not None and self._rates.device == rates.device
+            self._rates = self._rates.copy_(rates) if same_place else rates
+            self._rates_made_of = made_of
+        return self._rates
 
 
 def _part(tokens: Sequence[torch.Tensor], part: slice) -> Tensors:

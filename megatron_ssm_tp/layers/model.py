@@ -8,6 +8,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 
 from ..config import AttentionConfig, Layer, ModelConfig
+from ..ops.few_rows import few_rows_linear
 from ..partition.layout import check_tp_size, padded_vocab_size
 from .pass_context import PassContext
 from .specs import model_stack_spec
@@ -52,9 +53,10 @@ class SSMModel(HybridModel):
         hidden = self.embedding(input_ids=token_ids[None], position_ids=None)
         hidden = self.decoder(hidden, attention_mask=None, inference_context=context)
         hidden = hidden if last is None else hidden.index_select(0, last)
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
-        logits, _ = self.output_layer(hidden, weight=weight, runtime_gather_output=False)
-        return _gathered(self._scale_logits(logits)[:, 0], self.pg_collection.tp)[:, : self.vocab_size]
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        logits = few_rows_linear(hidden[:, 0], weight)
+        return _gathered(self._scale_logits(logits), self.pg_collection.tp)[:, : self.vocab_size]
 
     def _scale_logits(self, logits: torch.Tensor) -> torch.Tensor:
         return logits if self.logits_multiplier == 1 else logits * self.logits_multiplier

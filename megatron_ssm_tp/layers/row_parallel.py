@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from megatron.core.tensor_parallel import RowParallelLinear
 from megatron.core.tensor_parallel.mappings import _reduce as all_reduce_in_place
 from megatron.core.tensor_parallel.mappings import (
@@ -25,6 +24,7 @@ from ..comm.autocast import recipe_of
 from ..comm.recipe_book import RecipeBook, as_book
 from ..comm.recipes import AllReduceRecipe
 from ..errors import UserError
+from ..ops.few_rows import few_rows_linear
 from .lean_linear import is_lean
 
 
@@ -40,7 +40,9 @@ class RecipeRowParallelLinear(RowParallelLinear):
         self.site = name or ""
 
     def _forward_impl(self, input: torch.Tensor, weight: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        return F.linear(input, weight) if is_lean(self) else super()._forward_impl(input, weight, *args, **kwargs)
+        return (
+            few_rows_linear(input, weight) if is_lean(self) else super()._forward_impl(input, weight, *args, **kwargs)
+        )
 
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """input_ [.., d/p] -> [.., h], and the bias where skip_bias_add is set."""

@@ -1,0 +1,170 @@
+"""few_rows.py in Triton: a program has some rows of the weight and walks along their columns.
+
+Without tensor cores a thread holds neighbouring columns of the weight, and the same of x, and sums what it has: threads
+meet once, at the end. Tiles are loaded several ahead, into registers, and the walk is unrolled.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from .few_rows import FewRowsLaunch, pick_launch
+from .kernel_calls import launch
+from .launching import last_axis_dense, row_unit
+
+
+def few_rows_linear(x: torch.Tensor, weight: torch.Tensor, how: FewRowsLaunch | None = None) -> torch.Tensor:
+    """few_rows.few_rows_linear."""
+    (requests, columns), rows = x.shape, weight.shape[0]
+    out = torch.empty((requests, rows), dtype=x.dtype, device=x.device)
+    if not out.numel():
+        return out
+    x, weight = last_axis_dense(x), weight.contiguous()
+    how = how or pick_launch(rows, columns, requests)
+    unit = row_unit(x.stride(0))
+    launch(
+        few_rows_product,
+        (-(-rows // how.rows),),
+        (x, weight, out),
+        (rows, x.stride(0) // unit),
+        UNIT=unit,
+        COLUMNS=columns,
+        REQUESTS=requests,
+        **constants_of(how),
+    )
+    return out
+
+
+def constants_of(how: FewRowsLaunch) -> dict[str, int | bool]:
+    """What kernels and launches are given of a FewRowsLaunch."""
+    constants = {"ROWS": how.rows, "BLOCK_K": how.block_k, "STAGES": how.stages, "DOT": how.dot, "PDL": how.pdl}
+    return constants | {"num_warps": how.warps} | ({"launch_pdl": True} if how.pdl else {})
+
+
+@triton.jit
+def few_rows_product(
+    x_ptr,
+    weight_ptr,
+    out_ptr,
+    rows,
+    x_stride,
+    UNIT: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    REQUESTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    DOT: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """ROWS rows of the weight, times REQUESTS rows of x. x_stride counts UNIT values."""
+    x_stride *= UNIT
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    weight_at = weight_ptr + tl.minimum(row, rows - 1).to(tl.int64)[:, None] * COLUMNS
+    if DOT:
+        begin_dependent(PDL)
+        sums = _dot(x_ptr, weight_at, x_stride, COLUMNS, REQUESTS, ROWS, BLOCK_K, STAGES)
+        request = tl.arange(0, 16)[:, None]
+        there = (request < REQUESTS) & (row < rows)[None, :]
+        tl.store(out_ptr + request * rows + row[None, :], sums.to(out_ptr.dtype.element_ty), mask=there)
+    else:
+        steps: tl.constexpr = (COLUMNS + BLOCK_K - 1) // BLOCK_K
+        tiles, sums = first_tiles(weight_at, COLUMNS, REQUESTS, ROWS, BLOCK_K, STAGES)
+        begin_dependent(PDL)
+        for step in tl.static_range(steps):
+            x = ()
+            for request in tl.static_range(REQUESTS):
+                x = x + (load_columns(x_ptr + request * x_stride, step, COLUMNS, BLOCK_K, False).to(tl.float32),)
+            sums = add_products(sums, tiles[0], x, REQUESTS, ROWS, BLOCK_K)
+            tiles = next_tiles(tiles, weight_at, step + STAGES, COLUMNS, BLOCK_K)
+        for request in tl.static_range(REQUESTS):
+            y = tl.sum(sums[request], axis=1)
+            tl.store(out_ptr + request * rows + row, y.to(out_ptr.dtype.element_ty), mask=row < rows)
+
+
+@triton.jit
+def begin_dependent(PDL: tl.constexpr):
+    """Lets the next kernel begin, and waits for what the one before has written."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+
+
+@triton.jit
+def load_columns(at, step, COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr, ONCE: tl.constexpr):
+    """The step-th BLOCK_K columns of the row, or rows [ROWS, 1], that begin at `at`; zeros beyond COLUMNS. ONCE: they
+    are read by nobody else."""
+    policy: tl.constexpr = "evict_first" if ONCE else "evict_last"
+    column = (step * BLOCK_K + tl.arange(0, BLOCK_K))[None, :]
+    if COLUMNS % BLOCK_K == 0:
+        return tl.load(at + column, eviction_policy=policy)
+    else:
+        return tl.load(at + column, mask=column < COLUMNS, other=0.0, eviction_policy=policy)
+
+
+@triton.jit
+def first_tiles(
+    weight_at,
+    COLUMNS: tl.constexpr,
+    REQUESTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """The first tiles of the weight [ROWS, BLOCK_K], and sums of nothing."""
+    vector: tl.constexpr = 128 // weight_at.dtype.element_ty.primitive_bitwidth
+    tiles, sums = (), ()
+    for step in tl.static_range(STAGES):
+        if step * BLOCK_K < COLUMNS:
+            tiles = tiles + (load_columns(weight_at, step, COLUMNS, BLOCK_K, True),)
+    for _request in tl.static_range(REQUESTS):
+        sums = sums + (tl.zeros((ROWS, BLOCK_K // vector), tl.float32),)
+    return tiles, sums
+
+
+@triton.jit
+def next_tiles(tiles, weight_at, step: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The tiles without the first, and with the step-th, if there is one."""
+    if step * BLOCK_K < COLUMNS:
+        return tiles[1:] + (load_columns(weight_at, step, COLUMNS, BLOCK_K, True),)
+    else:
+        return tiles[1:]
+
+
+@triton.jit
+def add_products(sums, weight, x, REQUESTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """For each request its sums [ROWS, BLOCK_K / V] and those of the weight's tile times its x [1, BLOCK_K], over the V
+    columns that come as 16 bytes."""
+    vector: tl.constexpr = 128 // weight.dtype.primitive_bitwidth
+    wide, more = weight.to(tl.float32), ()
+    for request in tl.static_range(REQUESTS):
+        products = tl.reshape(wide * x[request], (ROWS, BLOCK_K // vector, vector))
+        more = more + (sums[request] + tl.sum(products, axis=2),)
+    return more
+
+
+@triton.jit
+def _dot(
+    x_ptr,
+    weight_at,
+    x_stride,
+    COLUMNS: tl.constexpr,
+    REQUESTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """x weight^T by tensor cores, float32 [16, ROWS]; x's rows beyond REQUESTS are zeros."""
+    request = tl.arange(0, 16)[:, None]
+    sums = tl.zeros((16, ROWS), tl.float32)
+    for first in tl.range(0, COLUMNS, BLOCK_K, num_stages=STAGES):
+        column = (first + tl.arange(0, BLOCK_K))[None, :]
+        there = column < COLUMNS if COLUMNS % BLOCK_K else column >= 0
+        x = tl.load(x_ptr + request * x_stride + column, mask=(request < REQUESTS) & there, other=0.0)
+        if COLUMNS % BLOCK_K:
+            weight = tl.load(weight_at + column, mask=there, other=0.0)
+        else:
+            weight = tl.load(weight_at + column)
+        sums = tl.dot(x, tl.trans(weight), sums, input_precision="ieee")
+    return sums
