@@ -148,6 +148,23 @@ def error_of(path: Path, prompts: object, params: dict | list[dict] | None = Non
     raise AssertionError("no error")
 
 
+def error_with(path: Path, more: dict, engine: str) -> str:
+    """The message of the UserError that an engine, or sampling parameters that Megatron has no field for, raise."""
+    from megatron_ssm_tp import UserError
+
+    params = SamplingParams(num_tokens_to_generate=2)
+    params.add_attributes(more)
+    try:
+        llm(path, engine=engine).generate([[1, 2]], params)
+    except UserError as error:
+        return str(error)
+    raise AssertionError("no error")
+
+
+def engine_of(path: Path) -> str:
+    return type(llm(path).engine).__name__
+
+
 def logits_error_of(path: Path, token_ids: list[int]) -> str:
     from megatron_ssm_tp import UserError
 

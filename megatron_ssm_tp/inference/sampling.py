@@ -102,20 +102,22 @@ def _penalized(scores: torch.Tensor, seen: torch.Tensor, penalty: torch.Tensor) 
 
 
 def _draw(probs: torch.Tensor, params: RowParams, u: torch.Tensor, ranked: bool) -> torch.Tensor:
-    """Token of each row at `u` [rows] of the sums of what is kept of probs [rows, V]."""
-    order = None
-    largest = probs.amax(-1, keepdim=True)
+    """Token of each row at `u` [rows] of the sums, in the order of the ids, of what is kept of probs [rows, V]."""
+    kept = probs >= params.min_p[:, None] * probs.amax(-1, keepdim=True)
     if ranked:
-        probs, order = probs.sort(dim=-1, descending=True, stable=True)
-        place = torch.arange(probs.shape[-1], device=probs.device)
-        kept = (place < params.top_k[:, None]) | (params.top_k[:, None] == 0)
-        before = probs.cumsum(-1) - probs  # the first always stays
-        kept &= (before < params.top_p[:, None]) | (params.top_p[:, None] == 0)
-        probs = torch.where(kept, probs, 0.0)
-    probs = torch.where(probs >= params.min_p[:, None] * largest, probs, 0.0)
-    sums = probs.cumsum(-1)
-    index = (sums <= u[:, None] * sums[:, -1:]).sum(-1)
-    return index if order is None else order.gather(-1, index[:, None])[:, 0]
+        kept &= _ranked_high(probs, params)
+    sums = torch.where(kept, probs, 0.0).cumsum(-1)
+    return (sums <= u[:, None] * sums[:, -1:]).sum(-1)
+
+
+def _ranked_high(probs: torch.Tensor, params: RowParams) -> torch.Tensor:
+    """bool [rows, V]: the top_k likeliest, and the likeliest until their sum is top_p; ties go to lower ids."""
+    found, order = probs.sort(dim=-1, descending=True, stable=True)
+    place = torch.arange(probs.shape[-1], device=probs.device)
+    high = (place < params.top_k[:, None]) | (params.top_k[:, None] == 0)
+    before = found.cumsum(-1) - found  # 0 of the first, which always stays
+    high &= (before < params.top_p[:, None]) | (params.top_p[:, None] == 0)
+    return torch.zeros_like(high).scatter_(-1, order, high)
 
 
 def uniform(seeds: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,96 @@
+"""What ranks are asked about our own engine."""
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import jobs
+import torch
+from megatron.core.inference.sampling_params import SamplingParams
+
+from megatron_ssm_tp import UserError
+from megatron_ssm_tp.inference.engine import Bursts, SlotEngine
+from megatron_ssm_tp.inference.requests import Limits, Progress, Request, read_params
+from megatron_ssm_tp.inference.sampling import RowParams
+
+LIMITS = {"max_requests": 3, "max_tokens": 32, "max_sequence_length": 512}
+
+
+def request_of(prompt: list[int], count: int, **more: object) -> Request:
+    params = SamplingParams(temperature=more.pop("temperature", 0), num_tokens_to_generate=count)
+    params.add_attributes(more)
+    return Request(prompt, read_params(params, len(prompt), Limits(101, 512), own_engine=True), jobs.NEVER)
+
+
+def answers(path: Path, prompts: list[list[int]], counts: list[int], bursts: dict, **more: object) -> list[list[int]]:
+    engine = jobs.llm(path, bursts=Bursts(**bursts), **LIMITS).engine
+    requests = [request_of(prompt, count, **more) for prompt, count in zip(prompts, counts, strict=True)]
+    found = engine.generate(requests)
+    assert sorted(engine.free_slots) == [0, 1, 2] and not engine.has_unfinished and not engine.table.alive.any()
+    return [found[index].token_ids for index in range(len(prompts))]
+
+
+def arriving(path: Path, prompts: list[list[int]], counts: list[int], bursts: dict, seed: int) -> dict[int, list[int]]:
+    """Requests that come between steps, and some that are cancelled: the answers of those that are not."""
+    draw = random.Random(seed)
+    engine: SlotEngine = jobs.llm(path, bursts=Bursts(**bursts), **LIMITS).engine
+    left, found, cancelled = list(range(len(prompts))), {}, set()
+    with engine.alone():
+        while left or engine.has_unfinished:
+            while left and draw.random() < 0.4:
+                index = left.pop(0)
+                engine.add(index, request_of(prompts[index], counts[index]))
+                if draw.random() < 0.25:
+                    cancelled.add(index)
+            found |= {progress.index: progress.token_ids for progress in engine.step() if progress.finished}
+            if cancelled and draw.random() < 0.3:
+                index = min(cancelled)
+                if engine.cancel(index):
+                    found[index] = "cancelled"
+                cancelled.remove(index)
+    assert sorted(engine.free_slots) == [0, 1, 2] and not engine.table.alive.any()
+    return found
+
+
+def changes(path: Path, prompt: list[int], count: int, bursts: dict) -> list[Progress]:
+    return list(jobs.llm(path, bursts=Bursts(**bursts), **LIMITS).engine.run([request_of(prompt, count)]))
+
+
+def sampled(
+    path: Path, prompts: list[list[int]], bursts: dict, run_seed: int | None, **more: object
+) -> list[list[int]]:
+    engine = jobs.llm(path, bursts=Bursts(**bursts), **LIMITS).engine
+    requests = [request_of(prompt, 20, temperature=1.0, **more) for prompt in prompts]
+    found = {
+        progress.index: progress.token_ids for progress in engine.run(requests, seed=run_seed) if progress.finished
+    }
+    return [found[index] for index in range(len(prompts))]
+
+
+def disagreement(path: Path, rank: int) -> str:
+    """One rank's seeds are others: what every rank raises, and whether the engine answers again after it."""
+    engine, here = jobs.llm(path, **LIMITS).engine, jobs.groups().tp.rank()
+    at = RowParams.at
+
+    def other(self: RowParams, rows: torch.Tensor) -> RowParams:
+        found = at(self, rows)
+        found.seed += here == rank
+        return found
+
+    requests = [request_of([1, 2, 3], 12, temperature=5.0)]
+    try:
+        with mock.patch.object(RowParams, "at", other):
+            engine.generate(requests)
+    except RuntimeError as error:
+        again = engine.generate([request_of([1, 2, 3], 4)])
+        return f"{error}; then {len(again[0].token_ids)} tokens"
+    return "no error"
+
+
+def legal_bursts() -> Iterator[str]:
+    for wrong in ({"longest": 0}, {"while_reading": 1.5}, {"ahead": -1}):
+        try:
+            Bursts(**wrong)
+        except UserError as error:
+            yield str(error)

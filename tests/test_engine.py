@@ -1,0 +1,108 @@
+"""Our own engine: greedy tokens are Hugging Face's however requests come, go and are looked at."""
+
+import engine_jobs as jobs
+import jobs as llm_jobs
+import pytest
+import torch
+
+from megatron_ssm_tp.inference.decoder import ladder
+
+FAMILY = pytest.mark.parametrize("family", ["mamba", "falcon_mamba", "mamba2"])
+TP = pytest.mark.parametrize("tp", [1, 2], ids=lambda tp: f"TP{tp}")
+EVERY_TOKEN = {"longest": 1, "while_reading": 1, "ahead": 0}
+LOOKS = [EVERY_TOKEN, {"longest": 7, "while_reading": 2, "ahead": 0}, {"longest": 5, "while_reading": 5, "ahead": 3}]
+LENGTHS, COUNTS = (1, 40, 5, 33, 90, 2, 64, 3), (9, 1, 30, 4, 12, 2, 25, 17)
+
+
+def prompts_of(lengths: tuple[int, ...]) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(8)
+    return [torch.randint(0, 101, (length,), generator=generator).tolist() for length in lengths]
+
+
+@TP
+@FAMILY
+def test_tokens_are_hugging_faces_however_often_the_host_looks(world, tiny, family, tp):
+    model, prompts = tiny(family), prompts_of(LENGTHS)
+    expected = [model.greedy(prompt, count) for prompt, count in zip(prompts, COUNTS, strict=True)]
+    for bursts in LOOKS:
+        for found in world(tp).run(jobs.answers, model.path, prompts, list(COUNTS), bursts):
+            assert found == expected, bursts
+
+
+@TP
+@pytest.mark.parametrize("seed", range(4))
+def test_requests_come_and_go(world, tiny, seed, tp):
+    model, prompts = tiny("falcon_mamba"), prompts_of(LENGTHS)
+    expected = [model.greedy(prompt, count) for prompt, count in zip(prompts, COUNTS, strict=True)]
+    for found in world(tp).run(jobs.arriving, model.path, prompts, list(COUNTS), LOOKS[seed % 3], seed):
+        assert sorted(found) == list(range(len(prompts)))
+        assert all(tokens in (expected[index], "cancelled") for index, tokens in found.items())
+        assert sum(tokens == "cancelled" for tokens in found.values()) < len(prompts) / 2
+
+
+def test_progress_comes_a_burst_at_a_time_and_ends_once(world, tiny):
+    [found] = world(1).run(jobs.changes, tiny("mamba").path, [1, 2, 3], 12, {"longest": 4, "ahead": 2})
+    assert [len(progress.token_ids) for progress in found] == [1, 5, 9, 12]
+    assert [progress.finished for progress in found] == [False, False, False, True]
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"top_k": 9}, {"top_p": 0.8}, {"min_p": 0.02, "repetition_penalty": 1.3}], ids=str
+)
+def test_the_same_seed_gives_the_same_tokens_alone_in_company_and_in_any_bursts(world, tiny, more):
+    path, prompts = tiny("mamba").path, prompts_of((7, 40, 3, 12))
+    alone = world(1).run(jobs.sampled, path, prompts[:1], LOOKS[0], None, seed=5, **more)[0]
+    for bursts in LOOKS:
+        for tp in (1, 2):
+            for found in world(tp).run(jobs.sampled, path, prompts, bursts, None, seed=5, **more):
+                assert found[0] == alone[0]
+    other = world(1).run(jobs.sampled, path, prompts[:1], LOOKS[0], None, seed=6, **more)[0]
+    assert other != alone
+
+
+def test_requests_without_a_seed_differ_and_a_runs_seed_repeats_them(world, tiny):
+    path, prompts = tiny("mamba").path, [[1, 2, 3]] * 2
+    first, again, later = (world(1).run(jobs.sampled, path, prompts, LOOKS[1], seed)[0] for seed in (3, 3, None))
+    assert first == again != later and first[0] != first[1]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ranks_that_choose_different_tokens_are_found_out(world, tiny, rank):
+    for message in world(2).run(jobs.disagreement, tiny("mamba").path, rank):
+        assert message.startswith("the ranks have chosen different tokens") and message.endswith("then 4 tokens")
+
+
+def test_sizes_of_graphs():
+    assert ladder(1) == [1] and ladder(6) == [1, 2, 4, 6] and ladder(40) == [1, 2, 4, 8, 16, 24, 32, 40]
+    for most in (17, 64, 300, 1000):
+        sizes = ladder(most)
+        assert sizes == sorted(set(sizes)) and sizes[-1] == most
+
+
+@pytest.mark.parametrize(
+    ("params", "engine", "message"),
+    [
+        ({"min_p": 1.5}, "slots", "min_p=1.5: is out of range; legal: 0 (off) to 1"),
+        ({"repetition_penalty": 0}, "slots", "repetition_penalty=0: is out of range"),
+        ({"seed": -1}, "slots", "seed=-1: is out of range"),
+        ({"min_p": 0.5}, "megatron", "min_p=0.5: is not served by Megatron's engine; legal: 0.0"),
+        ({"seed": 3}, "megatron", "seed=3: is not served by Megatron's engine; legal: None"),
+        ({}, "vllm", "engine='vllm': is no engine; legal: auto, slots, megatron"),
+    ],
+    ids=str,
+)
+def test_errors(world, tiny, params, engine, message):
+    for found in world(2).run(llm_jobs.error_with, tiny("mamba").path, params, engine):
+        assert found.startswith(message)
+
+
+def test_a_hybrid_stays_with_megatrons_engine(world, tiny):
+    path = tiny("zamba2").path
+    [message] = world(1).run(llm_jobs.error_with, path, {}, "slots")
+    assert message == "engine='slots': the model has other layers than SSMs; legal: auto, megatron"
+    assert world(1).run(llm_jobs.engine_of, path) == ["MegatronEngine"]
+    assert world(1).run(llm_jobs.engine_of, tiny("mamba").path) == ["SlotEngine"]
+
+
+def test_bursts_are_checked():
+    assert [message.split(":")[0] for message in jobs.legal_bursts()] == ["longest=0", "while_reading=1.5", "ahead=-1"]
