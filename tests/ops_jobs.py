@@ -223,3 +223,29 @@ def touched_by_padding(case: Case, width: int) -> bool:
     scan.selective_state_step(*_scan_arguments(given), states[1:], nowhere)
     conv.causal_conv1d_step(wide.tokens["x"], *wide.weights.values(), conv_states[1:], nowhere)
     return not torch.equal(around, torch.cat([states.flatten(), conv_states.flatten()]))
+
+
+def strided_arguments() -> str:
+    """A bias, slots and cu_seqlens that are columns of wider tensors, in all that read them."""
+    patch_interpreter()
+    from megatron_ssm_tp.ops import conv1d, conv1d_grad
+
+    g = torch.Generator().manual_seed(2)
+    x, weight = torch.randn(9, 7, generator=g), torch.randn(7, 4, generator=g)
+    bias, slots = torch.randn(7, 2, generator=g)[:, 0], torch.tensor([[3, 9], [0, 9]])[:, 0]
+    cu_seqlens = torch.tensor([[0, 7], [5, 7], [9, 7]], dtype=torch.int32)[:, 0]
+    found = []
+    for ours, theirs, more in (
+        (conv1d.causal_conv1d_varlen, reference.causal_conv1d_varlen, (slots, cu_seqlens)),
+        (conv1d.causal_conv1d_step, reference.causal_conv1d_step, (slots,)),
+    ):
+        rows = x if len(more) == 2 else x[:2]
+        states = torch.randn(5, 7, 4, generator=g)
+        kept = states.clone()
+        same = torch.allclose(
+            ours(rows, weight, bias, states, *more), theirs(rows, weight, bias, kept, *more), atol=1e-5
+        )
+        found.append(same and torch.allclose(states, kept, atol=1e-5))
+    y = conv1d_grad._CausalConv1d.apply(x[None], weight, bias, conv1d_grad.ConvLaunch())
+    found.append(torch.allclose(y, reference.causal_conv1d(x[None], weight, bias)[0], atol=1e-5))
+    return "" if all(found) else str(found)

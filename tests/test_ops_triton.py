@@ -168,3 +168,17 @@ def test_a_chunk_holds_the_tokens_before_the_next():
     x, where = torch.zeros(3, 2), (torch.zeros(1, dtype=torch.int32), torch.tensor([0, 3]))
     with pytest.raises(UserError, match=r"tile=.* has too few tokens before those of 4 taps"):
         causal_conv1d_varlen(x, torch.zeros(2, 4), None, torch.zeros(1, 2, 4), *where, (2, 16, 1, 1))
+
+
+def test_biases_slots_and_bounds_may_be_columns(interpreted):
+    assert interpreted(jobs.strided_arguments) == ""
+
+
+def test_heads_that_do_not_divide_are_refused():
+    from megatron_ssm_tp.ops.selective_scan import ScanShape
+    from megatron_ssm_tp.ops.ssd import _Shape
+
+    with pytest.raises(UserError, match=r"2 heads'?: do not divide 7 channels"):
+        ScanShape(5, 1, 7, 2, 16)
+    with pytest.raises(UserError, match=r"2 groups'?: do not divide 5 heads"):
+        _Shape(9, 5, 4, 2, 16, 1)

@@ -131,7 +131,8 @@ def forward_in_halves(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """The layers, each with the norm that follows it: [l, 1, h] -> of each half the stream [.., 1, h] and its norm.
 
-    Every layer's mixer is an SSM's, and what it reduces before out_proj does not use what out_proj's reduction does.
+    Every layer's mixer is an SSM's, and what it reduces before out_proj goes by no recipe, whose buffers out_proj's
+    reduction uses meanwhile. Without recipes both are NCCL's, of one communicator, and wait for each other.
     """
     lanes, normed = _Lanes(hidden_states.device), layers[0].norm(hidden_states.to(final_norm.weight.dtype))
     both = [_Half(hidden_states[tokens], normed[tokens], half, lanes) for tokens, half in halves(context, lengths)]

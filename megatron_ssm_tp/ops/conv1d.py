@@ -45,6 +45,7 @@ def causal_conv1d_varlen(
     if not out.numel() or sequences < 1:
         return out
     x, weight, cached = last_axis_dense(x), weight.contiguous(), dense_states(states)
+    bias, slots = None if bias is None else bias.contiguous(), slots.contiguous()
     tokens, channels, warps, group = tile or _tile_for(x.shape[1])
     if tokens < weight.shape[1] - 1:
         raise UserError("tile", tile, f"has too few tokens before those of {weight.shape[1]} taps", "more tokens")
@@ -52,7 +53,7 @@ def causal_conv1d_varlen(
     launch(
         conv1d_chunks,
         grid,
-        (x, weight, bias, out, cached, slots, cu_seqlens),
+        (x, weight, bias, out, cached, slots, cu_seqlens.contiguous()),
         (sequences, x.shape[1], x.stride(0) // unit, cached.stride(0)),
         UNIT=unit,
         WIDTH=weight.shape[1],
@@ -79,6 +80,7 @@ def causal_conv1d_step(
     if not out.numel():
         return out
     x, weight, cached = last_axis_dense(x), weight.contiguous(), dense_states(states)
+    bias, slots = None if bias is None else bias.contiguous(), slots.contiguous()
     launch(
         conv1d_step,
         (-(-x.shape[1] // STEP_CHANNELS), x.shape[0]),

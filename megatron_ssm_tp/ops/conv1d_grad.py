@@ -68,6 +68,7 @@ class _CausalConv1d(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, how):
+        bias = None if bias is None else bias.contiguous()
         ctx.save_for_backward(x, weight, bias)
         ctx.how = how
         batch, length, channels = x.shape

@@ -13,7 +13,7 @@ _ROUND_TO_1 = tl.constexpr(1.5 * 2.0**23)
 
 @triton.jit
 def softplus(x):
-    """log(1 + exp(x)), to 3e-7 of itself also where it is small."""
+    """log(1 + exp(x)), to 1e-6 of itself also where it is small."""
     e = tl.exp2(-LOG2E * tl.abs(x))
     # log(1 + e) / e, minimax over 0 .. 1
     p = -0.008539174683392048 * e + 0.04408952221274376

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..errors import UserError
 from .kernel_calls import launch
 from .launching import Chunks, dense_states, even_chunk, last_axis_dense, multiprocessors, power_of_two
 from .selective_scan_triton import scan_chunks
@@ -107,7 +108,8 @@ def selective_scan_varlen(
     grid = shape.grid(lanes, chunks.programs)
     starts = A.new_empty(chunks.slots, shape.d_state, shape.channels)
     steps = A.new_empty(chunks.slots, shape.channels)
-    given = (x, dt, z, out, A, packed_bc(B, C, shape), D, dt_bias, cached, slots, cu_seqlens, starts, steps)
+    given = (x, dt, z, out, A, packed_bc(B, C, shape), D, dt_bias, cached, slots.contiguous())
+    given += (cu_seqlens.contiguous(), starts, steps)
     numbers = (shape.sequences, *shape.geometry(lanes), how.chunk)
     numbers += (x.stride(0), dt.stride(0), z.stride(0), cached.stride(0))
     options = {"N": shape.padded, "LANES": lanes, "STAGES": how.stages, "MASKED": shape.masked(lanes)}
@@ -148,7 +150,7 @@ def selective_state_step(
     lanes = max(1, 1024 // shape.padded)  # of two channels; 16 states a thread
     numbers = shape.geometry(lanes)
     numbers += (x.stride(0), dt.stride(0), z.stride(0), *B.stride()[:2], *C.stride()[:2], cached.stride(0))
-    given, grid = (x, dt, z, out, A, B, C, D, dt_bias, cached, slots), shape.grid(lanes, x.shape[0])
+    given, grid = (x, dt, z, out, A, B, C, D, dt_bias, cached, slots.contiguous()), shape.grid(lanes, x.shape[0])
     launch(state_step, grid, given, numbers, N=shape.padded, CHANNELS=2 * lanes, num_warps=4)
     if cached is not states:
         states.copy_(cached)
@@ -162,6 +164,11 @@ class ScanShape:
     channels: int
     heads: int
     d_state: int
+
+    def __post_init__(self) -> None:
+        if self.channels % self.heads:
+            problem = f"do not divide {self.channels} channels"
+            raise UserError("B", f"{self.heads} heads", problem, "a divisor of the channels")
 
     @property
     def padded(self) -> int:

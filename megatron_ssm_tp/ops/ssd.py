@@ -28,6 +28,7 @@ from dataclasses import dataclass
 import torch
 import triton.language as tl
 
+from ..errors import UserError
 from .kernel_calls import launch
 from .launching import Chunks, dense_states, even_chunk, last_axis_dense, multiprocessors, power_of_two
 from .ssd_states_triton import block_decays, chunk_states
@@ -123,7 +124,7 @@ def ssd_varlen(
     grid = (shape.heads * shape.channel_blocks(how.channels), chunks.programs)
     starts = A.new_empty(chunks.slots, shape.heads, shape.channels, shape.d_state)
     decays = A.new_empty(chunks.slots, shape.heads)
-    where = (step, total, cached, slots, cu_seqlens, starts, decays)
+    where = (step, total, cached, slots.contiguous(), cu_seqlens.contiguous(), starts, decays)
     numbers = (shape.sequences, chunk, *shape.geometry(how.channels))
     options = shape.tiles(how.channels) | {"BLOCK": how.block, "MASKED": shape.masked(how.channels)}
     options["PRODUCT"], options["PRECISION"] = _PRODUCTS[x.dtype]
@@ -168,7 +169,7 @@ def ssd_step(
     blocks = -(-shape.channels // P)
     numbers = (shape.heads, shape.heads // shape.groups, shape.channels, blocks, shape.d_state)
     numbers += (x.stride(0), dt.stride(0), B.stride(0), C.stride(0), cached.stride(0), *map(float, dt_limit))
-    given, grid = (x, dt, out, A, B, C, D, dt_bias, cached, slots), (shape.heads * blocks, x.shape[0])
+    given, grid = (x, dt, out, A, B, C, D, dt_bias, cached, slots.contiguous()), (shape.heads * blocks, x.shape[0])
     launch(ssd_state_step, grid, given, numbers, P=P, N=N, num_warps=4)
     if cached is not states:
         states.copy_(cached)
@@ -183,6 +184,10 @@ class _Shape:
     groups: int
     d_state: int
     sequences: int
+
+    def __post_init__(self) -> None:
+        if self.heads % self.groups:
+            raise UserError("B", f"{self.groups} groups", f"do not divide {self.heads} heads", "a divisor of the heads")
 
     def tiles(self, most: int) -> dict[str, int]:
         """Channels and states of a program: powers of two, and what products take at least."""
