@@ -11,6 +11,7 @@ from megatron.core.inference.sampling_params import SamplingParams
 
 from megatron_ssm_tp import UserError
 from megatron_ssm_tp.inference.engine import Bursts, SlotEngine
+from megatron_ssm_tp.inference.prefix_cache import PrefixCache
 from megatron_ssm_tp.inference.requests import Limits, Progress, Request, read_params
 from megatron_ssm_tp.inference.sampling import RowParams
 
@@ -94,3 +95,26 @@ def legal_bursts() -> Iterator[str]:
             Bursts(**wrong)
         except UserError as error:
             yield str(error)
+
+
+def with_prefixes(path: Path, rounds: list[list[list[int]]], given: list[int] | None, states: int) -> tuple:
+    """Answers of several calls with room for so many kept states, the counts after each, and bytes kept and allowed."""
+    plain = jobs.llm(path, **LIMITS).engine.table.snapshot(0).nbytes
+    model = jobs.llm(path, prefix_bytes=plain * states, **LIMITS)
+    model.engine.prefixes = PrefixCache(plain * states)
+    if given:
+        model.cache_prefix(given)
+    found, counts = [], []
+    for prompts in rounds:
+        params = SamplingParams(temperature=0, num_tokens_to_generate=6, termination_id=-1)
+        found.append([output.token_ids for output in model.generate(prompts, params)])
+        counts.append((model.prefix_counts().hits, model.prefix_counts().tokens))
+    return found, counts, model.engine.prefixes.nbytes // plain, len(model.engine.prefixes)
+
+
+def no_prefixes(path: Path, engine: str) -> str:
+    try:
+        jobs.llm(path, engine=engine).cache_prefix([1, 2])
+    except UserError as error:
+        return str(error)
+    raise AssertionError("no error")

@@ -22,6 +22,7 @@ from ..errors import UserError
 from ..layers.model import SSMModel
 from ..layers.pass_context import Counts, PassContext, Slots
 from .decoder import Decoder, Emitted, to_device
+from .prefix_cache import PrefixCache
 from .requests import Progress, Request
 from .sampling import SamplingNeeds
 from .slots import SlotTable
@@ -66,6 +67,7 @@ class _Running:
     ordinal: int
     slot: int = -1
     read: int = 0
+    keep_at: int = 0  # of its prompt: where its states are kept as a prefix's
     launched: int = 0
     over: bool = False
     tokens: list[int] = field(default_factory=list)
@@ -97,15 +99,22 @@ class SlotEngine(AbstractEngine):
         model: whose layers are all SSMs.
         max_tokens: of prompts in a pass; longer ones are read in parts.
         bursts: None is what suits the device.
+        prefixes: states after prefixes that prompts share are kept there; None: nowhere.
         seed: requests that bring none get theirs from it and their number since.
     """
 
     name = "slots"
 
     def __init__(
-        self, model: SSMModel, table: SlotTable, max_tokens: int, bursts: Bursts | None = None, seed: int = 0
+        self,
+        model: SSMModel,
+        table: SlotTable,
+        max_tokens: int,
+        bursts: Bursts | None = None,
+        seed: int = 0,
+        prefixes: PrefixCache | None = None,
     ) -> None:
-        self.model, self.table, self.max_tokens = model, table, max_tokens
+        self.model, self.table, self.max_tokens, self.prefixes = model, table, max_tokens, prefixes
         self.bursts = bursts or Bursts.on(table.device)
         graphs = self.bursts.graphs and table.device.type == "cuda"
         self.decoder = Decoder(model, table, self.bursts.longest, graphs)
@@ -213,7 +222,13 @@ class SlotEngine(AbstractEngine):
                 "repetition_penalty": float(params.repetition_penalty),
                 "seed": seed % (1 << 63),
             }
-            self.table.begin(running.slot, request.prompt, sampling, running.limit, sorted(request.stop.end_ids))
+            states = None
+            if self.prefixes is not None:
+                running.read, states = self.prefixes.find(request.prompt)
+                parting = self.prefixes.parting(request.prompt, running.read)
+                running.keep_at = len(request.prompt) if request.keep_state else parting
+            end_ids = sorted(request.stop.end_ids)
+            self.table.begin(running.slot, request.prompt, sampling, running.limit, end_ids, states)
             self._reading.append(running)
 
     def _read(self) -> bool:
@@ -221,7 +236,8 @@ class SlotEngine(AbstractEngine):
         parts, room = [], self.max_tokens
         while self._reading and room:
             running = self._reading[0]
-            length = min(room, len(running.request.prompt) - running.read)
+            end = running.keep_at if running.read < running.keep_at else len(running.request.prompt)
+            length = min(room, end - running.read)
             parts.append((running, running.request.prompt[running.read : running.read + length]))
             running.read, room = running.read + length, room - length
             if running.read < len(running.request.prompt):
@@ -244,6 +260,9 @@ class SlotEngine(AbstractEngine):
         done = [running for running, _ in parts if running.read == len(running.request.prompt)]
         last = to_device([end - 1 for end in ends[: max(1, len(done))]], device)
         logits = self.model.logits_of_pass(tokens, context, last)
+        for running, _ in parts:
+            if running.keep_at and running.read == running.keep_at:
+                self.prefixes.keep(running.request.prompt[: running.read], self.table.snapshot(running.slot))
         if not done:
             return
         needs = _needs(done)

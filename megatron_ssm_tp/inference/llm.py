@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,6 +26,7 @@ from .distributed import join
 from .engine import Bursts, SlotEngine
 from .megatron_engine import MegatronEngine
 from .peers import PeerWatch
+from .prefix_cache import PrefixCache, PrefixCounts
 from .requests import (
     GenerationOutput,
     Limits,
@@ -207,6 +208,26 @@ class LLM:
         requests = self._read_requests(prompts, sampling_params)
         return self._run(prompts, requests, None if seed is None else check_seed(seed))
 
+    def cache_prefix(self, prompt: Prompt) -> None:
+        """Read `prompt` and keep the states after it: prompts that begin with its tokens are read from there on.
+
+        Raises:
+            UserError: see `generate`; or nothing is kept (`CacheLimits.prefix_bytes` is 0, or Megatron's engine runs).
+        """
+        self.prefix_counts()
+        [request] = self._read_requests([prompt], SamplingParams(temperature=0, num_tokens_to_generate=1))
+        with lost_peers_reported():
+            for _ in self._open_engine().run([replace(request, keep_state=True)], self._step):
+                pass
+
+    def prefix_counts(self) -> PrefixCounts:
+        """How often prompts began with a kept prefix. Raises UserError: nothing is kept, see `cache_prefix`."""
+        engine = self._open_engine()
+        if not isinstance(engine, SlotEngine) or engine.prefixes is None:
+            legal = "CacheLimits(prefix_bytes=...) with a model of SSM layers alone"
+            raise UserError("prefix_bytes", 0, "keeps no prefixes", legal)
+        return engine.prefixes.counts
+
     def _read_requests(
         self, prompts: Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None
     ) -> list[Request]:
@@ -295,8 +316,10 @@ def _slot_engine(
     tp_group, device = model.pg_collection.tp, model.embedding.word_embeddings.weight.device
     sizes = (config, tp_group.size(), limits.max_requests)
     dtypes = (model.config.params_dtype, limits.ssm_dtype)
-    agree(lambda: check_slots_fit(SlotTable.bytes_of(*sizes, *dtypes), device), tp_group)
-    return SlotEngine(model, SlotTable(*sizes, device, *dtypes), limits.max_tokens, bursts, seed)
+    size = SlotTable.bytes_of(*sizes, *dtypes) + limits.prefix_bytes
+    agree(lambda: check_slots_fit(size, device), tp_group)
+    prefixes = PrefixCache(limits.prefix_bytes) if limits.prefix_bytes else None
+    return SlotEngine(model, SlotTable(*sizes, device, *dtypes), limits.max_tokens, bursts, seed, prefixes)
 
 
 class _Answer:

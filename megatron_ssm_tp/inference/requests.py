@@ -41,11 +41,13 @@ class GenerationOutput:
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt to continue, checked: engines do not. `stop` says when its answer is over early."""
+    """A prompt to continue, checked: engines do not. `stop` says when its answer is over early; `keep_state` has the
+    states after all of the prompt kept, as a prefix's."""
 
     prompt: list[int]
     params: SamplingParams
     stop: StopCondition
+    keep_state: bool = False
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import torch
 
 from ..config import ModelConfig
 from ..partition.layout import state_bytes, state_shapes
+from .prefix_cache import Snapshot
 from .sampling import RowParams, SamplingNeeds, sample
 
 END_IDS = 8  # of a request, that are looked for on the device; the host looks for all of them
@@ -61,17 +62,27 @@ class SlotTable:
             self._seen = torch.zeros(self.slots + 1, self._vocab_size, dtype=torch.bool, device=self.device)
         return self._seen
 
+    def snapshot(self, slot: int) -> Snapshot:
+        """A copy of a slot's states."""
+        return Snapshot(self.conv[:, slot].clone(), self.ssm[:, slot].clone())
+
     def begin(
-        self, slot: int, prompt: Sequence[int], sampling: dict[str, float], limit: int, end_ids: Sequence[int]
+        self,
+        slot: int,
+        prompt: Sequence[int],
+        sampling: dict[str, float],
+        limit: int,
+        end_ids: Sequence[int],
+        states: Snapshot | None = None,
     ) -> None:
-        """A new request in `slot`, its states zero.
+        """A new request in `slot`, its states zero, or `states`.
 
         Args:
             sampling: a value for each field of RowParams.
             limit: tokens to generate at most.
         """
-        self.conv[:, slot] = 0
-        self.ssm[:, slot] = 0
+        self.conv[:, slot] = 0 if states is None else states.conv
+        self.ssm[:, slot] = 0 if states is None else states.ssm
         for name, value in sampling.items():
             getattr(self.params, name)[slot] = value
         self.counts[slot], self.limits[slot], self.alive[slot] = 0, limit, True

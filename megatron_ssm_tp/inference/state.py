@@ -30,6 +30,8 @@ class CacheLimits:
             cache does, by two values a token.
         max_cached_tokens: tokens of all running requests together whose keys and values fit (models with attention);
             who finds no room waits, or is put back and read again. At least one request's; None is 32768, or that.
+        prefix_bytes: of the states on a rank that are kept after prefixes which prompts share, beside the slots; 0:
+            none are. Our own engine's alone.
         ssm_dtype: dtype of the recurrent state; float32 keeps the recurrence from gathering error.
     """
 
@@ -38,13 +40,14 @@ class CacheLimits:
     max_sequence_length: int = 32768
     max_cached_tokens: int | None = None
     ssm_dtype: torch.dtype = torch.float32
+    prefix_bytes: int = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.ssm_dtype, torch.dtype) or not self.ssm_dtype.is_floating_point:
             raise UserError("ssm_dtype", self.ssm_dtype, "is no dtype of a state", "torch.float32, torch.bfloat16")
-        for field in ("max_requests", "max_tokens", "max_sequence_length"):
+        leasts = {"max_requests": 1, "max_tokens": 1, "max_sequence_length": 2, "prefix_bytes": 0}
+        for field, least in leasts.items():
             value = getattr(self, field)
-            least = 2 if field == "max_sequence_length" else 1
             if type(value) is not int or value < least:
                 raise UserError(field, value, "is out of range", f"an integer, {least} or more")
         cached, least = self.max_cached_tokens, self.max_sequence_length
@@ -86,7 +89,7 @@ def check_room(config: InferenceConfig, device: torch.device) -> None:
 
 def check_slots_fit(size: int, device: torch.device) -> None:
     """As check_room, for `size` bytes of slots."""
-    _check_free(size, device, "smaller max_requests")
+    _check_free(size, device, "smaller max_requests or prefix_bytes")
 
 
 def _check_free(size: float, device: torch.device, legal: str) -> None:
