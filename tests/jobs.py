@@ -109,7 +109,7 @@ def states_after(
     chunk: int,
     steps: int,
     company: list[int] | None = None,
-    engine_name: str = "slots",
+    engine_name: str = "auto",
 ) -> tuple[list[int], np.ndarray, np.ndarray]:
     """Prefill `prompt` in steps of at most `chunk` tokens, decode `steps` tokens more; the request's states then.
 
@@ -119,7 +119,7 @@ def states_after(
     params = SamplingParams(num_tokens_to_generate=steps, termination_id=-1)
     # The last step's token is sampled but not fed back: the states are those after prompt and steps - 1 tokens.
     longer = SamplingParams(num_tokens_to_generate=steps + 8, termination_id=-1)
-    limits, own = Limits(101, 1024), engine_name == "slots"
+    limits, own = Limits(101, 1024), type(engine).__name__ == "SlotEngine"
     each = [(company, longer)] if company else []
     requests = [
         Request(ids, read_params(wanted, len(ids), limits, own), NEVER) for ids, wanted in [*each, (prompt, params)]

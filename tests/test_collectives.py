@@ -31,9 +31,9 @@ def test_two_all_reduces_a_layer(world, tiny, family, tp):
 
 
 def test_a_step_that_decodes_and_prefills_pays_no_more(world, tiny):
-    """Chunks of 64: while the second prompt is still read, the first already decodes."""
+    """Under Megatron's engine, in chunks of 64: while the second prompt is still read, the first already decodes."""
     job, path = collective_jobs.collectives_of_steps, tiny("falcon_mamba").path
-    for passes in world(2).run(job, path, [[1, 2, 3], [4] * 150], 3, max_tokens=64):
+    for passes in world(2).run(job, path, [[1, 2, 3], [4] * 150], 3, max_tokens=64, engine="megatron"):
         assert len(passes) == 5  # 3 + 61, then 1 + 63, 1 + 26, and two steps of the second alone
         assert [len(sent) for sent in passes] == [2 * LAYERS] * 5
 

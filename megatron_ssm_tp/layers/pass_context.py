@@ -49,5 +49,8 @@ class PassContext:
     def is_dynamic_batching(self) -> bool:
         return True
 
+    def is_static_batching(self) -> bool:
+        return False
+
     def mamba_states_cache(self, cache_number: int) -> tuple[torch.Tensor, torch.Tensor]:
         return self.cache.mamba_states_cache(cache_number)
