@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "LLM": "megatron_ssm_tp.inference.llm",
     "GenerationOutput": "megatron_ssm_tp.inference.requests",
-    "Bursts": "megatron_ssm_tp.inference.engine",
+    "Bursts": "megatron_ssm_tp.inference.running",
     "CacheLimits": "megatron_ssm_tp.inference.state",
     "SamplingParams": "megatron.core.inference.sampling_params",
     "Bf16": "megatron_ssm_tp.comm.recipes",

@@ -9,6 +9,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 import bench_inference as bench
 import bench_models
+import decode_bench
 import inference_report
 import measure
 
@@ -75,3 +76,14 @@ def benched(raw: dict, arguments: list[str]) -> tuple[list[inference_report.Cell
     with mock.patch.object(measure, "PASS_SECONDS", 0.01):
         made.run(cells)
     return inference_report.with_ratios(cells), made.notes
+
+
+def steps(raw: dict, arguments: list[str]) -> list[decode_bench.DecodeCell]:
+    """What bench_inference.py decode measures."""
+    cells: list[decode_bench.DecodeCell] = []
+    with mock.patch.dict(bench_models.MODELS, {"tiny": raw}):
+        args = bench.read_args(["decode", "--models", "tiny", *arguments])
+        groups = tensor_parallel_groups(None)
+        asked = bench.check(args, groups.tp.size())
+        decode_bench.DecodeBench("tiny", asked, args, groups, CPU).run(cells)
+    return cells

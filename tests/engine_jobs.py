@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from unittest import mock
 
@@ -9,11 +10,14 @@ import jobs
 import torch
 from megatron.core.inference.sampling_params import SamplingParams
 
-from megatron_ssm_tp import UserError
-from megatron_ssm_tp.inference.engine import Bursts, SlotEngine
+from megatron_ssm_tp import Bf16, Int8BlockScaling, RecipeBook, UserError, allreduce_autocast
+from megatron_ssm_tp.comm import backends, mappings
+from megatron_ssm_tp.inference.engine import SlotEngine
 from megatron_ssm_tp.inference.prefix_cache import PrefixCache
 from megatron_ssm_tp.inference.requests import Limits, Progress, Request, read_params
+from megatron_ssm_tp.inference.running import Bursts
 from megatron_ssm_tp.inference.sampling import RowParams
+from megatron_ssm_tp.layers.row_parallel import set_recipes
 
 LIMITS = {"max_requests": 3, "max_tokens": 32, "max_sequence_length": 512}
 
@@ -115,6 +119,41 @@ def with_prefixes(path: Path, rounds: list[list[list[int]]], given: list[int] | 
 def no_prefixes(path: Path, engine: str) -> str:
     try:
         jobs.llm(path, engine=engine).cache_prefix([1, 2])
+    except UserError as error:
+        return str(error)
+    raise AssertionError("no error")
+
+
+def recipes_of_decoding(path: Path, asked: str) -> list[str]:
+    """Names of the recipes that sums follow, where decoding's would follow bf16 unasked."""
+    model, seen = jobs.llm(path, "bfloat16", **LIMITS), []
+    engine, reduce = model.engine, backends.all_reduce
+
+    def noting(x, group, recipe, *more):
+        seen.append(recipe.name)
+        return reduce(x, group, recipe, *more)
+
+    contexts = {
+        "int8": allreduce_autocast(recipe=Int8BlockScaling(block_size=16)),
+        "off": allreduce_autocast(enabled=False),
+    }
+    if asked == "model":
+        set_recipes(model.model, Int8BlockScaling(block_size=16))
+    try:
+        with (
+            mock.patch.object(engine.decoder, "_unasked", RecipeBook.everywhere(Bf16())),
+            mock.patch.object(mappings, "all_reduce", noting),
+            contexts.get(asked, nullcontext()),
+        ):
+            engine.generate([request_of([1], 5)])
+    finally:
+        set_recipes(model.model, None)
+    return sorted(set(seen))
+
+
+def error_of_prefixes(path: Path) -> str:
+    try:
+        jobs.llm(path, prefix_bytes=1000)
     except UserError as error:
         return str(error)
     raise AssertionError("no error")

@@ -16,8 +16,8 @@ from megatron_ssm_tp import LLM, CacheLimits, SamplingParams
 from megatron_ssm_tp.checkpoint.loader import load_parameters, open_model
 from megatron_ssm_tp.compat.cpu import megatron_on_cpu
 from megatron_ssm_tp.inference.distributed import tensor_parallel_groups
-from megatron_ssm_tp.inference.engine import Bursts
 from megatron_ssm_tp.inference.requests import Limits, Request, read_params
+from megatron_ssm_tp.inference.running import Bursts
 from megatron_ssm_tp.inference.stopping import StopCondition
 from megatron_ssm_tp.inference.tokenizer import NoTokenizer
 from megatron_ssm_tp.layers.model import SSMModel, build_model
@@ -134,57 +134,8 @@ def states_after(
     return tokens, context.mamba_conv_states[:, used].numpy().copy(), context.mamba_ssm_states[:, used].numpy().copy()
 
 
-def error_of(path: Path, prompts: object, params: dict | list[dict] | None = None, **limits: int) -> str:
-    """The message of the UserError that generating raises."""
-    from megatron_ssm_tp import UserError
-
-    sampling: object = SamplingParams(**(params or {})) if not isinstance(params, list) else None
-    if isinstance(params, list):
-        sampling = [None if p is None else SamplingParams(**p) for p in params]
-    try:
-        llm(path, **limits).generate(prompts, sampling)
-    except UserError as error:
-        return str(error)
-    raise AssertionError("no error")
-
-
-def error_with(path: Path, more: dict, engine: str) -> str:
-    """The message of the UserError that an engine, or sampling parameters that Megatron has no field for, raise."""
-    from megatron_ssm_tp import UserError
-
-    params = SamplingParams(num_tokens_to_generate=2)
-    params.add_attributes(more)
-    try:
-        llm(path, engine=engine).generate([[1, 2]], params)
-    except UserError as error:
-        return str(error)
-    raise AssertionError("no error")
-
-
 def engine_of(path: Path) -> str:
     return type(llm(path).engine).__name__
-
-
-def logits_error_of(path: Path, token_ids: list[int]) -> str:
-    from megatron_ssm_tp import UserError
-
-    try:
-        llm(path).logits(token_ids)
-    except UserError as error:
-        return str(error)
-    raise AssertionError("no error")
-
-
-def error_seen_by_one_rank(path: Path, missing_on: int) -> str:
-    """Loading where one rank cannot see the checkpoint: what each rank raises."""
-    from megatron_ssm_tp import UserError
-
-    here = path if groups().tp.rank() != missing_on else path / "elsewhere"
-    try:
-        LLM.from_pretrained(here)
-    except UserError as error:
-        return str(error)
-    raise AssertionError("no error")
 
 
 def state_between_calls(path: Path) -> list[bool]:
@@ -220,34 +171,8 @@ def two_streams(path: Path, prompt: list[int]) -> tuple[str, list[int], list[int
     return message, tokens, model.generate([prompt], params)[0].token_ids
 
 
-def error_of_text(path: Path, tokenizer: Path, text: str) -> str:
-    from megatron_ssm_tp import UserError
-
-    try:
-        LLM.from_pretrained(path, tokenizer=tokenizer).generate([text])
-    except UserError as error:
-        return str(error)
-    raise AssertionError("no error")
-
-
 def greedy_of_arrays(path: Path, prompt: list[int], count: int) -> list[list[int]]:
     return greedy(path, [np.array(prompt), torch.tensor(prompt)], count)
-
-
-def agree_on_a_bug() -> str:
-    from megatron_ssm_tp.ranks import agree
-
-    group = groups().tp
-
-    def step() -> None:
-        if group.rank() == 1:
-            raise KeyError("x")
-
-    try:
-        agree(step, group)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    raise AssertionError("no error")
 
 
 def generate_in_a_loop_and_in_threads(path: Path, prompt: list[int]) -> list[object]:
@@ -278,50 +203,6 @@ def streamed(path: Path, prompt: str, params: dict) -> tuple[str, str]:
     """What a stream shows piece by piece, and the final text."""
     pieces = list(llm(path).stream([prompt], SamplingParams(**params)))
     return "".join(piece.text for piece in pieces), pieces[-1].output.text
-
-
-def gated_norm_error(
-    groups: int, before_gate: bool, magnitude: float, exact: bool, dtype: torch.dtype = torch.float32
-) -> float:
-    """Largest difference, relative to the largest value, between norm, gate and product over ranks and written out."""
-    from types import SimpleNamespace
-
-    from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
-    from torch.nn.functional import silu
-
-    from megatron_ssm_tp.config import GatedNormConfig
-    from megatron_ssm_tp.layers.gated_norm import GatedRMSNorm, NormCase
-
-    group, d, h, g = groups_tp(), 32, 6, torch.Generator().manual_seed(3)
-    y, z = torch.randn(5, 2, d, generator=g) * magnitude, torch.randn(5, 2, d, generator=g)
-    w, weight = torch.rand(d, generator=g) + 0.5, torch.randn(h, d, generator=g)
-    y, z, w, weight = (t.to(dtype) for t in (y, z, w, weight))
-    own = slice(group.rank() * d // group.size(), (group.rank() + 1) * d // group.size())
-    norm = GatedRMSNorm(GatedNormConfig(1e-5, groups, before_gate), d, group, dtype, torch.device("cpu"), exact)
-    norm.weight.data = w[own]
-    with torch.no_grad():
-        if norm.case is NormCase.DEFERRED:
-            out_proj = SimpleNamespace(
-                weight=weight[:, own],
-                gradient_accumulation_fusion=False,
-                gtp_remat_size=1,
-                _forward_impl=lambda input, weight, **_: input @ weight.T,
-            )
-            packed = norm.packed_product(y[..., own], z[..., own], out_proj)
-            found = norm.unpack(reduce_from_tensor_model_parallel_region(packed, group=group))
-        else:
-            found = reduce_from_tensor_model_parallel_region(
-                norm(y[..., own], z[..., own]) @ weight[:, own].T, group=group
-            )
-    y, z = y.double(), z.double()
-    value = (y if before_gate else y * silu(z)).unflatten(-1, (groups, -1))
-    normed = (value / (value.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()).flatten(-2) * w.double()
-    expected = (normed * silu(z) if before_gate else normed) @ weight.double().T
-    return float((found - expected).abs().max() / expected.abs().max())
-
-
-def groups_tp() -> torch.distributed.ProcessGroup:
-    return groups().tp
 
 
 def logits_beside_a_stream(path: Path, prompt: list[int]) -> tuple[str, str]:
@@ -358,7 +239,7 @@ def shared_rows_after_initialization(groups_count: int) -> list[np.ndarray]:
     from megatron_ssm_tp.layers import initialization
     from megatron_ssm_tp.partition.parameters import mamba2_parameters
 
-    group, dims = groups_tp(), Mamba2Config(8, 4, groups_count, 5, 4, None)
+    group, dims = groups().tp, Mamba2Config(8, 4, groups_count, 5, 4, None)
     table = mamba2_parameters(dims, 12)
     parameters = {name: torch.zeros(p.local_shape(group.size())) for name, p in table.items()}
     torch.manual_seed(100 + group.rank())
@@ -387,16 +268,6 @@ def greedy_in_a_loop_on_one_rank(path: Path, prompt: list[int], count: int) -> l
 
     with allreduce_autocast(recipe=Int8BlockScaling(block_size=16)):
         return asyncio.run(ask()) if model.model.pg_collection.tp.rank() == 0 else greedy(path, [prompt], count)
-
-
-def error_of_recipes_that_differ(path: Path, recipes: list) -> str:
-    from megatron_ssm_tp import UserError
-
-    try:
-        LLM.from_pretrained(path, tp_allreduce=recipes[groups().tp.rank()])
-    except UserError as error:
-        return str(error)
-    raise AssertionError("no error")
 
 
 def greedy_by_recipe(path: Path, prompts: list, count: int, recipe: object) -> list[list[int]]:

@@ -10,7 +10,7 @@ from types import ModuleType, SimpleNamespace
 import bench_inference_jobs as jobs
 import pytest
 import torch
-from bench_inference_jobs import bench, bench_models, inference_report
+from bench_inference_jobs import bench, bench_models, decode_bench, inference_report
 from layer_parts import OUTSIDE, by_part
 
 from megatron_ssm_tp import UserError
@@ -188,3 +188,43 @@ def test_the_plot(tmp_path):
         [*cells, inference_report.Cell("a", "e", 1, 8, note="not here")], str(tmp_path / "x.png"), "title"
     )
     assert (tmp_path / "x.png").stat().st_size > 1000
+
+
+def test_steps_of_decoding(world):
+    """Of one rank and of two: a cell a batch and a reduction, and what could not be measured."""
+    arguments = ["--batches", "1", "3", "--dtype", "float32", "--ssm-dtypes", "float32", "bfloat16"]
+    for ranks, recipes in ((1, ["none"]), (2, ["none", "int8"])):
+        cells = world(ranks).run(jobs.steps, jobs.FALCON, [*arguments, "--recipes", *recipes])[0]
+        assert [cell.batch for cell in cells] == [1, 3] * (2 * len(recipes))
+        assert all(cell.seconds > cell.floor > 0 and 0 < cell.host <= cell.seconds and not cell.note for cell in cells)
+        words = [cell.way.split(", ")[1:] for cell in cells[::2]]
+        shown = [
+            [f"{dtype} states", *more] for more in ([], ["int8"])[: len(recipes)] for dtype in ("float32", "bfloat16")
+        ]
+        assert words == shown
+
+
+def test_a_table_of_steps_has_ratios_to_the_rivals():
+    cells = [
+        decode_bench.DecodeCell("m", "ours", 1, 0.004, 0.001, 0.003),
+        decode_bench.DecodeCell("m", "mamba-ssm", 1, 0.006),
+        decode_bench.DecodeCell("m", "ours", 8, note="no room"),
+    ]
+    assert "| m | ours | 1 | 4.000 | 250 | 75 | 25.0 | 1.50 |" in decode_bench.decode_table(cells)
+    assert "| 8 |" not in decode_bench.decode_table(cells)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batches", "0"], "--batches=0: is no number of requests; legal: an integer from 1"),
+        (["--ssm-dtypes", "float8"], "--ssm-dtypes='float8': cannot be run; legal: "),
+        (["--models", "zamba2-7b"], "--models='zamba2-7b': has other layers than SSMs"),
+        (["--recipes", "nowhere.yaml"], "nowhere.yaml"),
+    ],
+    ids=str,
+)
+def test_mistakes_about_steps(arguments, message):
+    with pytest.raises(UserError) as error:
+        bench.check(bench.read_args(["decode", *arguments]), 1)
+    assert message in str(error.value)

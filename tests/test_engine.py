@@ -1,6 +1,7 @@
 """Our own engine: greedy tokens are Hugging Face's however requests come, go and are looked at."""
 
 import engine_jobs as jobs
+import error_jobs
 import jobs as llm_jobs
 import pytest
 import torch
@@ -72,6 +73,14 @@ def test_ranks_that_choose_different_tokens_are_found_out(world, tiny, rank):
         assert message.startswith("the ranks have chosen different tokens") and message.endswith("then 4 tokens")
 
 
+@pytest.mark.parametrize(
+    ("asked", "expected"), [("nothing", ["bf16"]), ("int8", ["int8"]), ("off", []), ("model", ["int8"])]
+)
+def test_decodings_own_sums_give_way_to_what_is_asked_for(world, tiny, asked, expected):
+    for found in world(2).run(jobs.recipes_of_decoding, tiny("mamba").path, asked):
+        assert found == expected
+
+
 def test_sizes_of_graphs():
     assert ladder(1) == [1] and ladder(6) == [1, 2, 4, 6] and ladder(40) == [1, 2, 4, 8, 16, 24, 32, 40]
     for most in (17, 64, 300, 1000):
@@ -92,13 +101,13 @@ def test_sizes_of_graphs():
     ids=str,
 )
 def test_errors(world, tiny, params, engine, message):
-    for found in world(2).run(llm_jobs.error_with, tiny("mamba").path, params, engine):
+    for found in world(2).run(error_jobs.error_with, tiny("mamba").path, params, engine):
         assert found.startswith(message)
 
 
 def test_a_hybrid_stays_with_megatrons_engine(world, tiny):
     path = tiny("zamba2").path
-    [message] = world(1).run(llm_jobs.error_with, path, {}, "slots")
+    [message] = world(1).run(error_jobs.error_with, path, {}, "slots")
     assert message == "engine='slots': the model has other layers than SSMs; legal: auto, megatron"
     assert world(1).run(llm_jobs.engine_of, path) == ["MegatronEngine"]
     assert world(1).run(llm_jobs.engine_of, tiny("mamba").path) == ["SlotEngine"]

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import error_jobs
 import jobs
 import megatron_jobs
 import pytest
@@ -56,14 +57,14 @@ PROMPT = [1, 2, 3]
     ids=lambda value: value[:30] if isinstance(value, str) else "",
 )
 def test_prompts_and_parameters(world, tiny, prompts, params, message):
-    answers = world(2).run(jobs.error_of, tiny("mamba").path, prompts, params, max_sequence_length=64, timeout=30)
+    answers = world(2).run(error_jobs.error_of, tiny("mamba").path, prompts, params, max_sequence_length=64, timeout=30)
     assert answers[0] == answers[1]
     assert message in answers[0] and "\n" not in answers[0]
 
 
 def test_an_error_leaves_the_engine_usable(world, tiny):
     model = tiny("mamba")
-    world(2).run(jobs.error_of, model.path, [PROMPT, []], max_sequence_length=64)
+    world(2).run(error_jobs.error_of, model.path, [PROMPT, []], max_sequence_length=64)
     answers = world(2).run(jobs.greedy, model.path, [PROMPT], 5, max_sequence_length=64)
     assert answers == [[model.greedy(PROMPT, 5)]] * 2
 
@@ -71,7 +72,7 @@ def test_an_error_leaves_the_engine_usable(world, tiny):
 def test_a_request_refused_late_leaves_nothing_behind(world, tiny):
     """The second prompt's stop word cannot be read: the first must not stay queued."""
     model, stops = tiny("mamba"), [{"temperature": 0}, {"temperature": 0, "stop_words": [","]}]
-    world(2).run(jobs.error_of, model.path, [PROMPT, PROMPT], stops, max_sequence_length=64)
+    world(2).run(error_jobs.error_of, model.path, [PROMPT, PROMPT], stops, max_sequence_length=64)
     answers = world(2).run(jobs.greedy, model.path, [PROMPT], 5, max_sequence_length=64)
     assert answers == [[model.greedy(PROMPT, 5)]] * 2
 
@@ -86,7 +87,7 @@ def test_a_second_stream_waits_for_the_first(world, tiny):
 
 def test_text_beyond_the_vocabulary_is_refused(world, tiny):
     """A tokenizer of 1531 entries on a model of 101: no rank may look its ids up."""
-    answers = world(2).run(jobs.error_of_text, tiny("mamba").path, MAMBA / "tokenizer.json", "And God said")
+    answers = world(2).run(error_jobs.error_of_text, tiny("mamba").path, MAMBA / "tokenizer.json", "And God said")
     assert answers[0] == answers[1]
     assert answers[0].endswith("is out of the vocabulary; legal: integers from 0 to 100")
 
@@ -99,7 +100,7 @@ def test_numpy_and_torch_token_ids_are_read(world, tiny):
 
 def test_another_failure_of_one_rank_ends_all(world):
     """What is no UserError reaches the others as RuntimeError; nobody waits."""
-    assert world(2).run(jobs.agree_on_a_bug, timeout=30) == [
+    assert world(2).run(error_jobs.agree_on_a_bug, timeout=30) == [
         "RuntimeError: rank 1 failed: KeyError: 'x'",
         "KeyError: 'x'",
     ]
@@ -158,14 +159,16 @@ def test_any_value_can_be_sent_to_the_other_ranks():
 
 def test_logits_are_checked_too(world, tiny):
     path = tiny("mamba").path
-    assert world(2).run(jobs.logits_error_of, path, []) == ["token_ids=[]: is empty; legal: at least one token"] * 2
+    assert (
+        world(2).run(error_jobs.logits_error_of, path, []) == ["token_ids=[]: is empty; legal: at least one token"] * 2
+    )
     expected = "token_ids=300: is out of the vocabulary; legal: integers from 0 to 100"
-    assert world(2).run(jobs.logits_error_of, path, [300]) == [expected] * 2
+    assert world(2).run(error_jobs.logits_error_of, path, [300]) == [expected] * 2
 
 
 @pytest.mark.parametrize("missing_on", [0, 1])
 def test_a_file_that_one_rank_cannot_see_ends_all(world, tiny, missing_on):
-    answers = world(2).run(jobs.error_seen_by_one_rank, tiny("mamba").path, missing_on, timeout=30)
+    answers = world(2).run(error_jobs.error_seen_by_one_rank, tiny("mamba").path, missing_on, timeout=30)
     assert answers[0] == answers[1] and "elsewhere': is not a directory" in answers[0]
 
 
@@ -193,7 +196,7 @@ def test_the_cache_has_room_for_one_request(tokens):
     ids=["phantom cache", "slots"],
 )
 def test_a_cache_that_does_not_fit_is_refused_before_it_is_built(world, tiny, limits):
-    for message in world(2).run(jobs.error_of, tiny("mamba").path, [[1]], **limits):
+    for message in world(2).run(error_jobs.error_of, tiny("mamba").path, [[1]], **limits):
         assert re.search(
             r"cache='[\d.]+ GiB': does not fit beside the weights, [\d.]+ GiB are free; legal: smaller", message
         )

@@ -32,6 +32,15 @@ def test_eight_prompts_in_four_slots_with_chunked_prefill(world, tiny, family, t
         assert answers == expected
 
 
+@FAMILY
+def test_megatrons_engine_writes_the_same(world, tiny, family):
+    model, prompts = tiny(family), prompts_of(LENGTHS)
+    expected = [model.greedy(prompt, 12) for prompt in prompts]
+    limits = {"max_requests": 4, "max_tokens": 64, "max_sequence_length": 256, "engine": "megatron"}
+    for answers in world(2).run(jobs.greedy, model.path, prompts, 12, **limits):
+        assert answers == expected
+
+
 @TP
 @pytest.mark.parametrize("name", ["mamba-kjv-2.7m", "falcon-mamba-kjv-2.7m", "zamba2-kjv-2.9m"])
 def test_trained_checkpoints_write_what_hugging_face_writes(world, name, tp):

@@ -7,6 +7,7 @@ import jobs
 import megatron_jobs
 import numpy as np
 import pytest
+import spanning_norm_jobs
 import torch
 from models import as_stored_in
 from safetensors.torch import load_file
@@ -110,7 +111,7 @@ def test_the_three_cases_of_the_norm(world, groups, before_gate, magnitude):
     """Local, deferred and reduced, against the norm written out; in float32 at every magnitude."""
     for tp in (2, 4):
         for exact in (False, True):
-            for error in world(tp).run(jobs.gated_norm_error, groups, before_gate, magnitude, exact):
+            for error in world(tp).run(spanning_norm_jobs.gated_norm_error, groups, before_gate, magnitude, exact):
                 assert error < 1e-5, (tp, exact)
 
 
@@ -120,7 +121,9 @@ def test_the_three_cases_of_the_norm(world, groups, before_gate, magnitude):
 def test_a_bfloat16_norm_that_spans_ranks_at_every_magnitude(world, before_gate, magnitude, tp):
     """Deferred and exact, against float64: no worse than what rounding two products and a sum to bfloat16 costs."""
     for exact in (False, True):
-        for error in world(tp).run(jobs.gated_norm_error, 1, before_gate, magnitude, exact, torch.bfloat16):
+        for error in world(tp).run(
+            spanning_norm_jobs.gated_norm_error, 1, before_gate, magnitude, exact, torch.bfloat16
+        ):
             assert error < 3 * 2**-8, exact
 
 

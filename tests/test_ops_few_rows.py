@@ -1,13 +1,16 @@
 """Products of few rows, and Mamba-1's step from x_proj on, in Triton's interpreter against torch and the references."""
 
+import re
+
 import few_rows_jobs as jobs
 import pytest
 import torch
+from hopper import compile_for_hopper
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_ssm_tp.ops import dt_step
-from megatron_ssm_tp.ops.few_rows import FewRowsLaunch, few_rows_linear
+from megatron_ssm_tp.ops.few_rows import FewRowsLaunch, few_rows_linear, pick_launch
 
 pytest.importorskip("triton")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -20,7 +23,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
     columns=st.sampled_from([16, 100, 1024, 1500, 4100]),
     dtype=st.sampled_from(DTYPES),
     gap=st.sampled_from([0, 8, 3]),
-    launch=st.sampled_from([None, FewRowsLaunch(4, 256, 1, 4), FewRowsLaunch(16, 128, 2, 3, dot=True)]),
+    launch=st.sampled_from([None, FewRowsLaunch(4, 256, 1, 4), FewRowsLaunch(16, 128, 2, 3)]),
 )
 def test_products_are_torchs(interpreted, requests, rows, columns, dtype, gap, launch):
     assert interpreted(jobs.product, requests, rows, columns, dtype, gap, launch) == ""
@@ -44,3 +47,27 @@ def test_the_cpu_and_autograd_are_torchs():
     torch.testing.assert_close(few_rows_linear(x, weight), x @ weight.T)
     assert few_rows_linear(x, weight).requires_grad
     assert dt_step.fits(8, 256) and not dt_step.fits(9, 256) and not dt_step.fits(1, 2000) and not dt_step.fits(0, 8)
+
+
+@pytest.mark.parametrize(("rows", "columns", "requests"), [(16384, 4096, 1), (288, 8192, 2), (8192, 256, 1)])
+def test_products_compile_for_hopper_without_spills(rows, columns, requests):
+    from megatron_ssm_tp.ops.few_rows_triton import few_rows_product
+
+    how = pick_launch(rows, columns, requests)
+    types = {"x_ptr": "*bf16", "weight_ptr": "*bf16", "out_ptr": "*bf16", "rows": "i32", "x_stride": "i32"}
+    constants = {"UNIT": 8, "COLUMNS": columns, "REQUESTS": requests}
+    constants |= {"ROWS": how.rows, "BLOCK_K": how.block_k, "STAGES": how.stages}
+    ptx = compile_for_hopper(few_rows_product, types, constants, how.warps).asm["ptx"]
+    assert re.search(r"ld\.global\.L1::evict_first\S*\.v4\.b32", ptx)  # of the weight, 16 bytes a thread
+    assert ".local" not in ptx
+
+
+def test_the_step_compiles_for_hopper():
+    from megatron_ssm_tp.ops.dt_step_triton import dt_step as kernel
+
+    tensors = ("bcdt", "x", "z", "out", "weight", "dt_bias")
+    types = {f"{name}_ptr": "*bf16" for name in tensors}
+    types |= {f"{name}_ptr": "*fp32" for name in ("A", "D", "states")} | {"slots_ptr": "*i64", "eps": "fp32"}
+    types |= dict.fromkeys(("channels", "x_stride", "z_stride", "bcdt_stride", "state_stride"), "i32")
+    constants = {"RANK": 256, "D_STATE": 16, "R": 256, "N": 16, "CHANNELS": 32, "NORMED": True}
+    assert ".local" not in compile_for_hopper(kernel, types, constants, 4).asm["ptx"]

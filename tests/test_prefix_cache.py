@@ -80,3 +80,5 @@ def test_errors(world, tiny):
     assert world(1).run(jobs.no_prefixes, tiny("mamba").path, "slots") == [
         "prefix_bytes=0: keeps no prefixes; legal: CacheLimits(prefix_bytes=...) with a model of SSM layers alone"
     ]
+    [message] = world(1).run(jobs.error_of_prefixes, tiny("zamba2").path)
+    assert message == "prefix_bytes=1000: Megatron's engine keeps no prefixes; legal: 0"

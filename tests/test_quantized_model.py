@@ -1,5 +1,6 @@
 """Recipes in whole models: which reductions they touch, what that costs in accuracy, and that off is off."""
 
+import error_jobs
 import jobs
 import numpy as np
 import pytest
@@ -167,7 +168,7 @@ def test_a_context_is_seen_where_megatrons_step_takes_a_thread(world, tiny):
 
 def test_recipes_that_differ_between_ranks_are_refused(world, tiny):
     recipes = [Int8BlockScaling(), Int8BlockScaling(block_size=64)]
-    for message in world(2).run(jobs.error_of_recipes_that_differ, tiny("falcon_mamba").path, recipes):
+    for message in world(2).run(error_jobs.error_of_recipes_that_differ, tiny("falcon_mamba").path, recipes):
         assert message == "tp_allreduce='that of rank 1': differs from rank 0's; legal: the same on all ranks"
 
 

@@ -16,7 +16,6 @@ import gc
 import json
 import os
 import sys
-from functools import partial
 from itertools import product
 from pathlib import Path
 from time import perf_counter
@@ -24,8 +23,8 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from bench_models import MODELS, MambaSsm, Ours, Pass, differences, free_memory, no_rival, read_model
-from decode_bench import DecodeCell, decode_ours, decode_table, decode_theirs
+from bench_models import MODELS, MambaSsm, Ours, Pass, differences, free_memory, read_model, recipes_of, rival_of
+from decode_bench import DecodeBench, report_decode
 from inference_report import OURS, RIVAL, Cell, report, with_ratios
 from layer_parts import OUTSIDE, seconds_by_part
 from measure import (
@@ -42,8 +41,7 @@ from measure import (
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_ssm_tp.cli.console import Parser, guarded, is_speaker, say
-from megatron_ssm_tp.comm.recipe_book import RecipeBook
-from megatron_ssm_tp.comm.recipes import RECIPE_NAMES, AllReduceRecipe, recipe_by_name
+from megatron_ssm_tp.comm.recipes import RECIPE_NAMES
 from megatron_ssm_tp.config import DTYPES, ModelConfig
 from megatron_ssm_tp.errors import UserError
 from megatron_ssm_tp.inference.distributed import join
@@ -63,6 +61,7 @@ def read_args(argv: list[str] | None = None) -> argparse.Namespace:
     prefill.add_argument(
         "--passes", nargs="+", default=["whole"], metavar="PASSES", help=f"{', '.join(PASSES)}: {passes}"
     )
+    prefill.add_argument("--plot", metavar="FILE", help="tokens a second, as a picture")
     prefill.add_argument("--parts", action="store_true", help="a layer's time by part, from the profiler")
     _add_common(prefill)
     decode = commands.add_parser("decode", help="steps of decoding, a token a request each")
@@ -78,7 +77,9 @@ def read_args(argv: list[str] | None = None) -> argparse.Namespace:
 def _add_common(parser: argparse.ArgumentParser) -> None:
     named = f"{', '.join(MODELS)}, or the path of a config.json"
     parser.add_argument("--models", nargs="+", default=["falcon-mamba-7b"], metavar="MODEL", help=named)
-    parser.add_argument("--layers", type=int, metavar="N", help="run the first N layers and scale")
+    parser.add_argument(
+        "--layers", type=int, metavar="N", help="run the first N layers; passes are scaled, steps are not"
+    )
     parser.add_argument("--dtype", default="bfloat16", help=", ".join(DTYPES))
     parser.add_argument(
         "--recipes",
@@ -88,7 +89,6 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         help=f"{', '.join(RECIPE_NAMES)}, or a YAML file (docs/recipes.md)",
     )
     parser.add_argument("--json", metavar="FILE", help="write the numbers there as well")
-    parser.add_argument("--plot", metavar="FILE", help="tokens a second, as a picture")
 
 
 class Asked(NamedTuple):
@@ -105,14 +105,14 @@ def check(args: argparse.Namespace, ranks: int) -> Asked:
     if args.dtype not in DTYPES:
         raise UserError("--dtype", args.dtype, "cannot be run", ", ".join(DTYPES))
     for recipe in args.recipes:
-        _recipes(recipe)
+        recipes_of(recipe)
         if recipe != "none" and ranks == 1:
             raise UserError("--recipes", recipe, "one rank reduces nothing", "none, or torchrun --nproc-per-node 2")
     for passes in getattr(args, "passes", ()):
         if passes not in PASSES:
             raise UserError("--passes", passes, "is no way to make a pass", ", ".join(PASSES))
     check_writable("--json", args.json)
-    check_plot(args.plot)
+    check_plot(getattr(args, "plot", None))
     models = {_title(name): read_model(_raw(name), args.layers) for name in args.models}
     for name, (model, _) in models.items():
         if "halves" in getattr(args, "passes", ()) and not model.is_pure_ssm:
@@ -143,11 +143,6 @@ def _raw(name: str) -> dict:
     except (OSError, ValueError) as error:
         legal = f"{', '.join(MODELS)}, or the path of a config.json"
         raise UserError("--models", name, f"is no shape that is known, nor a file ({error})", legal) from None
-
-
-def _recipes(name: str) -> AllReduceRecipe | RecipeBook | None:
-    """A recipe by its name, or those that a YAML file gives the sites."""
-    return RecipeBook.from_yaml_file(name) if name.endswith((".yaml", ".yml")) else recipe_by_name(name)
 
 
 def _shape(text: str) -> tuple[int, int]:
@@ -190,7 +185,7 @@ class Bench:
         if passing is None:
             return [blank._replace(note=note)]
         for recipe, passes in product(self.args.recipes, self.args.passes):
-            set_recipes(ours.model, _recipes(recipe))
+            set_recipes(ours.model, recipes_of(recipe))
             ours.model.decoder.overlap_from = 2 if passes == "halves" else None
             chosen = [word for word in (recipe, passes) if word not in ("none", "whole")]
             cell = self._timed(ours, passing, blank._replace(way=", ".join([blank.way, *chosen])))
@@ -201,11 +196,7 @@ class Bench:
         return found
 
     def _rival(self) -> list[Cell]:
-        missing = no_rival(self.config, self.groups.tp.size())
-        try:
-            theirs = None if missing else MambaSsm(self.config, self.device, self.asked.dtype)
-        except ImportError as error:
-            theirs, missing = None, f"cannot be imported ({error})"
+        theirs, missing = rival_of(self.config, self.groups, self.device, self.asked.dtype)
         if theirs is None:
             self.notes.append(f"{RIVAL} is not measured: {missing}")
             return []
@@ -252,56 +243,6 @@ class Bench:
         return {part: taken * 1e3 / (1 if part == OUTSIDE else layers) for part, taken in seconds.items()}
 
 
-class DecodeBench:
-    """All that is measured of one model's steps."""
-
-    def __init__(
-        self, name: str, asked: Asked, args: argparse.Namespace, groups: ProcessGroupCollection, device: torch.device
-    ) -> None:
-        self.name, self.asked, self.args, self.groups, self.device = name, asked, args, groups, device
-        self.config, self.whole = asked.models[name]
-
-    def run(self, cells: list[DecodeCell]) -> None:
-        free_memory()
-        ours = Ours(self.config, self.groups, self.device, self.asked.dtype, 1)
-        for recipe, ssm_dtype, batch in product(self.args.recipes, self.asked.ssm_dtypes, self.args.batches):
-            set_recipes(ours.model, _recipes(recipe))
-            words = [OURS, f"{str(ssm_dtype).removeprefix('torch.')} states", *([recipe] if recipe != "none" else [])]
-            blank = DecodeCell(self.name, ", ".join(words), batch)
-            graphs = self.device.type == "cuda" and not self.args.no_graphs
-            found, note = tried(partial(decode_ours, ours, batch, ssm_dtype, graphs), self.device)
-            self._add(cells, blank._replace(note=note), found)
-            free_memory()
-        del ours
-        free_memory()
-        missing = no_rival(self.config, self.groups.tp.size()) or ("" if self.device.type == "cuda" else "needs a GPU")
-        try:
-            theirs = None if missing else MambaSsm(self.config, self.device, self.asked.dtype)
-        except ImportError as error:
-            theirs, missing = None, f"cannot be imported ({error})"
-        if theirs is None:
-            say(f"{RIVAL} is not measured: {missing}")
-            return
-        for batch in self.args.batches:
-            found, note = tried(partial(decode_theirs, theirs, batch), self.device)
-            self._add(cells, DecodeCell(self.name, RIVAL, batch, note=note), found and (found, None, None))
-
-    def _add(self, cells: list[DecodeCell], blank: DecodeCell, found: tuple | None) -> None:
-        cells.append(blank if found is None else blank._replace(seconds=found[0], host=found[1], floor=found[2]))
-        if is_speaker():
-            said = cells[-1].note if found is None else f"{found[0] * 1e3:.3f} ms"
-            print(f"{blank.model}, {blank.way}, {blank.batch}: {said}", file=sys.stderr, flush=True)
-
-
-def report_decode(args: argparse.Namespace, found: dict[str, str], cells: list[DecodeCell]) -> None:
-    say(decode_table(cells) + "\n")
-    for cell in (cell for cell in cells if cell.note):
-        say(f"Not measured: {cell.model}, {cell.way}, {cell.batch}: {cell.note}")
-    if args.json:
-        content = {"conditions": found, "layers": args.layers, "cells": [cell._asdict() for cell in cells]}
-        Path(args.json).write_text(json.dumps(content, indent=1) + "\n")
-
-
 def run(args: argparse.Namespace) -> None:
     os.environ.update(NO_MULTICAST)
     began = perf_counter()
@@ -314,7 +255,9 @@ def run(args: argparse.Namespace) -> None:
         with lost_peers_reported():
             for name in asked.models:
                 if args.command == "decode":
-                    DecodeBench(name, asked, args, groups, device).run(cells)
+                    DecodeBench(name, asked.models[name], asked.dtype, asked.ssm_dtypes, args, groups, device).run(
+                        cells
+                    )
                     continue
                 bench = Bench(name, asked, args, groups, device)
                 notes[name] = bench.notes

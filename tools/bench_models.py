@@ -16,6 +16,8 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch import nn
 
 from megatron_ssm_tp.checkpoint.families import find_family
+from megatron_ssm_tp.comm.recipe_book import RecipeBook
+from megatron_ssm_tp.comm.recipes import AllReduceRecipe, recipe_by_name
 from megatron_ssm_tp.compat.cpu import megatron_on_cpu
 from megatron_ssm_tp.config import Layer, Mamba1Config, ModelConfig
 from megatron_ssm_tp.errors import UserError
@@ -234,6 +236,24 @@ def no_rival(config: ModelConfig, ranks: int) -> str:
     if config.mixer.d_inner % config.hidden_size:
         return "has no mixer of these sizes"
     return ""
+
+
+def rival_of(
+    config: ModelConfig, groups: ProcessGroupCollection, device: torch.device, dtype: torch.dtype
+) -> tuple[MambaSsm | None, str]:
+    """mamba-ssm's model, or None and why there is none."""
+    missing = no_rival(config, groups.tp.size())
+    if missing:
+        return None, missing
+    try:
+        return MambaSsm(config, device, dtype), ""
+    except ImportError as error:
+        return None, f"cannot be imported ({error})"
+
+
+def recipes_of(name: str) -> AllReduceRecipe | RecipeBook | None:
+    """A recipe by its name, or those that a YAML file gives the sites. Raises UserError: there is none, or not so."""
+    return RecipeBook.from_yaml_file(name) if name.endswith((".yaml", ".yml")) else recipe_by_name(name)
 
 
 def differences(config: ModelConfig) -> list[str]:

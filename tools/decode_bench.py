@@ -4,18 +4,28 @@ A step takes each request's token and state to its next token, greedy; the host 
 the time to read the weights once, and to read and write the states, at the memory's speed.
 """
 
+import argparse
+import json
+import sys
 from collections.abc import Callable
+from functools import partial
+from itertools import product
+from pathlib import Path
 from time import perf_counter
 from typing import NamedTuple
 
 import torch
-from bench_models import MambaSsm, Ours, draw_tokens
-from measure import largest, markdown
+from bench_models import MambaSsm, Ours, draw_tokens, free_memory, recipes_of, rival_of
+from inference_report import OURS, RIVAL
+from measure import largest, markdown, tried
+from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megatron_ssm_tp.cli.console import is_speaker, say
 from megatron_ssm_tp.inference.decoder import Decoder
-from megatron_ssm_tp.inference.engine import inference_active
+from megatron_ssm_tp.inference.modes import inference_active
 from megatron_ssm_tp.inference.sampling import SamplingNeeds
 from megatron_ssm_tp.inference.slots import SlotTable
+from megatron_ssm_tp.layers.row_parallel import set_recipes
 
 BURST, BURSTS = 32, 5
 BYTES_PER_SECOND = 3.0e12  # an H100's memory
@@ -117,3 +127,66 @@ def decode_table(cells: list[DecodeCell]) -> str:
         rows.append([cell.model, cell.way, str(cell.batch), *shown])
     header = ["model", "way", "batch", "ms a step", "tokens/s", "% of the floor", "host, % of a step", "times as fast"]
     return markdown(header, rows)
+
+
+class DecodeBench:
+    """All that is measured of one model's steps.
+
+    Args:
+        asked: bench_inference.Asked.
+        args: batches, recipes, no_graphs.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        asked: NamedTuple,
+        args: argparse.Namespace,
+        groups: ProcessGroupCollection,
+        device: torch.device,
+    ) -> None:
+        self.name, (self.config, self.whole) = name, asked.models[name]
+        self.dtype, self.ssm_dtypes = asked.dtype, asked.ssm_dtypes
+        self.args, self.groups, self.device = args, groups, device
+
+    def run(self, cells: list[DecodeCell]) -> None:
+        free_memory()
+        ours = Ours(self.config, self.groups, self.device, self.dtype, 1)
+        layers = len(self.config.layers)
+        say(f"{self.name}: {layers} of {self.whole} layers, {ours.parameters_here / 1e9:.3g} B parameters a rank")
+        for recipe, ssm_dtype, batch in product(self.args.recipes, self.ssm_dtypes, self.args.batches):
+            set_recipes(ours.model, recipes_of(recipe))
+            words = [OURS, f"{str(ssm_dtype).removeprefix('torch.')} states", *([recipe] if recipe != "none" else [])]
+            graphs = self.device.type == "cuda" and not self.args.no_graphs
+            self._add(cells, ", ".join(words), batch, partial(decode_ours, ours, batch, ssm_dtype, graphs))
+            free_memory()
+        del ours
+        free_memory()
+        self._rival(cells)
+
+    def _rival(self, cells: list[DecodeCell]) -> None:
+        theirs, missing = None, "its graph needs a GPU"
+        if self.device.type == "cuda":
+            theirs, missing = rival_of(self.config, self.groups, self.device, self.dtype)
+        if theirs is None:
+            say(f"{RIVAL} is not measured: {missing}")
+            return
+        for batch in self.args.batches:
+            self._add(cells, RIVAL, batch, lambda batch=batch: (decode_theirs(theirs, batch), None, None))
+
+    def _add(self, cells: list[DecodeCell], way: str, batch: int, measure: Callable[[], tuple]) -> None:
+        """The cell of what `measure` returns: seconds, the host's, the floor's."""
+        found, note = tried(measure, self.device)
+        cells.append(DecodeCell(self.name, way, batch, *(found or (None, None, None)), note))
+        if is_speaker():  # a run that ends early has shown what it had measured
+            said = note if found is None else f"{found[0] * 1e3:.3f} ms"
+            print(f"{self.name}, {way}, {batch}: {said}", file=sys.stderr, flush=True)
+
+
+def report_decode(args: argparse.Namespace, found: dict[str, str], cells: list[DecodeCell]) -> None:
+    say(f"\n{decode_table(cells)}\n")
+    for cell in (cell for cell in cells if cell.note):
+        say(f"Not measured: {cell.model}, {cell.way}, {cell.batch}: {cell.note}")
+    if args.json:
+        content = {"conditions": found, "layers": args.layers, "cells": [cell._asdict() for cell in cells]}
+        Path(args.json).write_text(json.dumps(content, indent=1) + "\n")

@@ -59,13 +59,27 @@ def allreduce_autocast(
         _settings.reset(token)
 
 
+def is_decided(group: dist.ProcessGroup) -> bool:
+    """Whether an allreduce_autocast decides now how reductions over `group` travel, be it that it turns recipes off."""
+    return _setting_of(group) is not None
+
+
 def recipe_of(site: str, group: dist.ProcessGroup, own: RecipeBook | None = None) -> AllReduceRecipe | None:
     """The recipe of the reduction at `site` over `group` now: a context's, or else that of the model's `own` book.
 
     Returns:
         None: Megatron's own all-reduce.
     """
-    for setting in reversed(_settings.get()):
-        if setting.group is None or setting.group == group:
-            return setting.book.recipe_for(site) if setting.book is not None else None
-    return own.recipe_for(site) if own is not None else None
+    book = book_of(group, own)
+    return None if book is None else book.recipe_for(site)
+
+
+def book_of(group: dist.ProcessGroup, own: RecipeBook | None = None) -> RecipeBook | None:
+    """The book that `recipe_of` looks into."""
+    setting = _setting_of(group)
+    return own if setting is None else setting.book
+
+
+def _setting_of(group: dist.ProcessGroup) -> _Setting | None:
+    """Of the innermost context that applies to `group`."""
+    return next((s for s in reversed(_settings.get()) if s.group is None or s.group == group), None)

@@ -5,7 +5,6 @@ are masked on the device, so that the host may launch further steps before it ha
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain
 
@@ -13,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from ..comm import symmetric
-from ..comm.autocast import allreduce_autocast
+from ..comm.autocast import allreduce_autocast, book_of, is_decided
 from ..comm.recipe_book import RecipeBook
 from ..comm.recipes import recipe_by_name
 from ..layers.model import SSMModel
@@ -80,9 +79,10 @@ class Decoder:
         self._group = model.pg_collection.tp
         self._sizes = ladder(table.slots)
         self._rows: dict[int, _Rows] = {}
-        self._graphs: dict[tuple[int, SamplingNeeds], torch.cuda.CUDAGraph] | None = {} if graphs else None
+        self._graphs: dict[tuple[int, SamplingNeeds, str], torch.cuda.CUDAGraph] | None = {} if graphs else None
         self._pool = torch.cuda.graph_pool_handle() if graphs else None
-        self._book = _low_latency_book(model) if table.device.type == "cuda" and self._group.size() > 1 else None
+        self._linears = [module for module in model.modules() if isinstance(module, RecipeRowParallelLinear)]
+        self._unasked = _low_latency_book(model.config.params_dtype, self._group, table.device)
 
     def burst(self, slots: Sequence[int], steps: int, needs: SamplingNeeds) -> Emitted:
         """`steps` more tokens of each of `slots`, or as many as their answers have; returns before they are there."""
@@ -91,7 +91,7 @@ class Decoder:
         if size not in self._rows:
             self._rows[size] = _Rows(size, self.longest, device)
         rows = self._rows[size]
-        step = self._step_of(rows, needs)
+        step = self._step_of(rows, needs, self._book())
         rows.slots.copy_(self.table.live(to_device([*slots, *[-1] * (size - count)], device)))
         rows.step.zero_()
         for _ in range(steps):
@@ -113,15 +113,21 @@ class Decoder:
         arrived.record()
         return Emitted(*on_host, arrived)
 
-    def _step_of(self, rows: _Rows, needs: SamplingNeeds) -> Callable[[], object]:
+    def _book(self) -> RecipeBook | None:
+        """How sums travel now: as an allreduce_autocast or the model's recipes say, or as suits decoding."""
+        own = next((linear.recipes for linear in self._linears if linear.recipes is not None), None)
+        asked = own is not None or is_decided(self._group)
+        return book_of(self._group, own) if asked else self._unasked
+
+    def _step_of(self, rows: _Rows, needs: SamplingNeeds, book: RecipeBook | None) -> Callable[[], object]:
         if self._graphs is None:
-            return lambda: self._step(rows, needs)
-        key = (rows.slots.numel(), needs)
+            return lambda: self._step(rows, needs, book)
+        key = (rows.slots.numel(), needs, "" if book is None else book.fingerprint())
         if key not in self._graphs:
-            self._graphs[key] = self._captured(rows, needs)
+            self._graphs[key] = self._captured(rows, needs, book)
         return self._graphs[key].replay
 
-    def _captured(self, rows: _Rows, needs: SamplingNeeds) -> torch.cuda.CUDAGraph:
+    def _captured(self, rows: _Rows, needs: SamplingNeeds, book: RecipeBook | None) -> torch.cuda.CUDAGraph:
         """The graph of a step. What runs before it is captured compiles the kernels, on rows that are all padding."""
         rows.slots.fill_(-1)
         stream = torch.cuda.Stream(self.table.device)
@@ -129,18 +135,18 @@ class Decoder:
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UPS):
                 rows.step.zero_()
-                self._step(rows, needs)
+                self._step(rows, needs, book)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            self._step(rows, needs)
+            self._step(rows, needs, book)
         return graph
 
-    def _step(self, rows: _Rows, needs: SamplingNeeds) -> None:
+    def _step(self, rows: _Rows, needs: SamplingNeeds, book: RecipeBook | None) -> None:
         slots, table = rows.slots, self.table
         count = slots.numel()
         context = PassContext(table, Counts(count, 0, count), Slots(slots, None, None))
-        with allreduce_autocast(recipe=self._book) if self._book else nullcontext():
+        with allreduce_autocast(enabled=book is not None, recipe=book):
             logits = self.model.logits_of_pass(table.next_token[slots], context)
         tokens, log_probs = table.choose(logits, slots, needs)
         rows.tokens.index_copy_(0, rows.step, tokens[None])
@@ -150,19 +156,16 @@ class Decoder:
         slots.copy_(table.live(slots))
 
 
-def _low_latency_book(model: SSMModel) -> RecipeBook | None:
-    """16-bit sums by kernels of ours in the place of NCCL's, x_proj's too, unless the model has recipes of its own.
+def _low_latency_book(dtype: torch.dtype, group: dist.ProcessGroup, device: torch.device) -> RecipeBook | None:
+    """16-bit sums by kernels of ours in the place of NCCL's, x_proj's too: made in float32 and rounded once.
 
-    They are made in float32 and rounded once; of two ranks that is what NCCL gives, to the bit. In a graph NCCL's would
-    go to a stream of its own and back, twice a layer, and take the host longer to launch than the step lasts. None:
-    peers' memory cannot be written here, or values are not of 16 bits. A collective call.
+    In a graph NCCL's would go to a stream of its own and back, twice a layer, and take the host longer to launch than
+    the step lasts. None: values are not of 16 bits, or peers' memory cannot be written here. A collective call.
     """
-    linears = [module for module in model.modules() if isinstance(module, RecipeRowParallelLinear)]
-    dtype, group = model.config.params_dtype, model.pg_collection.tp
-    if dtype != torch.bfloat16 or any(linear.recipes is not None for linear in linears):
+    recipe = recipe_by_name("bf16")
+    if device.type != "cuda" or group.size() == 1 or dtype != torch.bfloat16:
         return None
-    probe = torch.empty(0, dtype=dtype, device=torch.device("cuda", torch.cuda.current_device()))
-    if not symmetric.supports(probe, group, recipe_by_name("bf16"))[0]:
+    if not symmetric.supports(torch.empty(0, dtype=dtype, device=device), group, recipe)[0]:
         return None
     matchers = {
         name: {"type": "glob", "pattern": pattern, "config": "all", "enabled": True}

@@ -8,91 +8,26 @@ is masked on the device; one that ends by text is ended by the host, and what wa
 """
 
 import itertools
-import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from megatron.core.inference.engines import AbstractEngine
-from megatron.core.inference.utils import InferenceMode
 
-from ..errors import UserError
 from ..layers.model import SSMModel
 from ..layers.pass_context import Counts, PassContext, Slots
 from .decoder import Decoder, Emitted, to_device
+from .modes import OneRun, inference_active
 from .prefix_cache import PrefixCache
 from .requests import Progress, Request
-from .sampling import SamplingNeeds
+from .running import Bursts, Running, needs_of
 from .slots import SlotTable
 
 _SEED_STRIDE = 0x9E3779B97F4A7C15  # of the seeds of requests that bring none
 
 
-@dataclass(frozen=True)
-class Bursts:
-    """How often the host looks.
-
-    Args:
-        longest: steps of a burst; answers are seen that many tokens at a time.
-        while_reading: the same, while prompts are read between bursts.
-        ahead: passes and bursts that are launched before the first is looked at.
-        graphs: replay CUDA graphs; a CPU has none.
-    """
-
-    longest: int = 16
-    while_reading: int = 4
-    ahead: int = 2
-    graphs: bool = True
-
-    def __post_init__(self) -> None:
-        for name, least in (("longest", 1), ("while_reading", 1), ("ahead", 0)):
-            value = getattr(self, name)
-            if type(value) is not int or value < least:
-                raise UserError(name, value, "is out of range", f"an integer, {least} or more")
-
-    @classmethod
-    def on(cls, device: torch.device) -> "Bursts":
-        """What suits a device: a CPU gains nothing from steps ahead."""
-        return cls() if device.type == "cuda" else cls(longest=1, while_reading=1, ahead=0, graphs=False)
-
-
-@dataclass(eq=False)
-class _Running:
-    """A request in the engine. `read` and `launched` count what has been launched, `tokens` what has come."""
-
-    index: int
-    request: Request
-    ordinal: int
-    slot: int = -1
-    read: int = 0
-    keep_at: int = 0  # of its prompt: where its states are kept as a prefix's
-    launched: int = 0
-    over: bool = False
-    tokens: list[int] = field(default_factory=list)
-    log_probs: list[float] = field(default_factory=list)
-
-    @property
-    def limit(self) -> int:
-        return self.request.params.num_tokens_to_generate
-
-    @property
-    def needs(self) -> SamplingNeeds:
-        params = self.request.params
-        return SamplingNeeds(
-            random=params.temperature > 0,
-            ranked=params.temperature > 0 and bool(params.top_k or params.top_p),
-            penalized=params.repetition_penalty != 1,
-            log_probs=params.return_log_probs,
-        )
-
-    def progress(self) -> Progress:
-        log_probs = list(self.log_probs) if self.request.params.return_log_probs else None
-        return Progress(self.index, list(self.tokens), log_probs, self.over)
-
-
-class SlotEngine(AbstractEngine):
+class SlotEngine(OneRun, AbstractEngine):
     """Requests in, tokens out. Every tensor-parallel rank makes the same calls in the same order.
 
     Args:
@@ -114,29 +49,20 @@ class SlotEngine(AbstractEngine):
         seed: int = 0,
         prefixes: PrefixCache | None = None,
     ) -> None:
+        super().__init__()
         self.model, self.table, self.max_tokens, self.prefixes = model, table, max_tokens, prefixes
         self.bursts = bursts or Bursts.on(table.device)
         graphs = self.bursts.graphs and table.device.type == "cuda"
         self.decoder = Decoder(model, table, self.bursts.longest, graphs)
-        self._one_run, self._seed, self._ordinals = threading.Lock(), seed, itertools.count()
-        self._waiting: deque[_Running] = deque()
-        self._reading: deque[_Running] = deque()
-        self._decoding: list[_Running] = []
+        self._seed, self._ordinals = seed, itertools.count()
+        self._waiting: deque[Running] = deque()
+        self._reading: deque[Running] = deque()
+        self._decoding: list[Running] = []
         self.free_slots = list(range(table.slots))[::-1]
-        self._in_flight: deque[tuple[Emitted, list[_Running]]] = deque()
+        self._in_flight: deque[tuple[Emitted, list[Running]]] = deque()
 
     def close(self) -> None:
         """Nothing to let go of that memory management does not."""
-
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Nothing else runs the model meanwhile. Raises UserError if something does."""
-        if not self._one_run.acquire(blocking=False):
-            raise UserError("stream", "another", "is still open", "consume it, or close() it, before the next")
-        try:
-            yield
-        finally:
-            self._one_run.release()
 
     def generate(self, requests: Sequence[Request]) -> dict:
         """AbstractEngine's: all answers, as Progress by the requests' places."""
@@ -179,7 +105,7 @@ class SlotEngine(AbstractEngine):
 
     def add(self, index: int, request: Request) -> None:
         """Have `request` answered; its Progress bears `index`, which no unfinished one may have."""
-        self._waiting.append(_Running(index, request, next(self._ordinals)))
+        self._waiting.append(Running(index, request, next(self._ordinals)))
 
     def cancel(self, index: int) -> bool:
         """Forget the request of that index; whether there was one. No Progress comes of it any more."""
@@ -247,7 +173,7 @@ class SlotEngine(AbstractEngine):
             self._pass_over(parts)
         return bool(parts)
 
-    def _pass_over(self, parts: list[tuple[_Running, Sequence[int]]]) -> None:
+    def _pass_over(self, parts: list[tuple[Running, Sequence[int]]]) -> None:
         device, lengths = self.table.device, [len(part) for _, part in parts]
         ends = list(itertools.accumulate(lengths))
         slots = to_device([running.slot for running, _ in parts], device)
@@ -265,7 +191,7 @@ class SlotEngine(AbstractEngine):
                 self.prefixes.keep(running.request.prompt[: running.read], self.table.snapshot(running.slot))
         if not done:
             return
-        needs = _needs(done)
+        needs = needs_of(done)
         chosen, log_probs = self.table.choose(logits, slots[: len(done)], needs)
         emitted = self.decoder.emitted(chosen[None], None if log_probs is None else log_probs[None])
         self._launched(emitted, done, 1)
@@ -282,12 +208,12 @@ class SlotEngine(AbstractEngine):
         steps = min(self.bursts.longest, min(left) if self._waiting else max(left))
         if self._reading:
             steps = min(steps, self.bursts.while_reading)
-        emitted = self.decoder.burst([running.slot for running in rows], steps, _needs(rows))
+        emitted = self.decoder.burst([running.slot for running in rows], steps, needs_of(rows))
         self._launched(emitted, rows, steps)
         self._decoding = [running for running in rows if running.launched < running.limit]
         return True
 
-    def _launched(self, emitted: Emitted, rows: list[_Running], steps: int) -> None:
+    def _launched(self, emitted: Emitted, rows: list[Running], steps: int) -> None:
         for running in rows:
             running.launched += steps
         self._in_flight.append((emitted, rows))
@@ -312,7 +238,7 @@ class SlotEngine(AbstractEngine):
                 found.append(running.progress())
         return found
 
-    def _end(self, running: _Running) -> None:
+    def _end(self, running: Running) -> None:
         running.over = True
         for queue in (self._waiting, self._reading, self._decoding):
             if running in queue:
@@ -320,22 +246,3 @@ class SlotEngine(AbstractEngine):
         if running.slot >= 0:
             self.table.end(running.slot)
             self.free_slots.append(running.slot)
-
-
-def _needs(rows: Sequence[_Running]) -> SamplingNeeds:
-    needs = SamplingNeeds()
-    for running in rows:
-        needs |= running.needs
-    return needs
-
-
-@contextmanager
-def inference_active() -> Iterator[None]:
-    """Megatron's process-wide inference flag, which mixers read: on inside, and after it as it was."""
-    was_active = InferenceMode.is_active()
-    InferenceMode.set_active()
-    try:
-        yield
-    finally:
-        if not was_active:
-            InferenceMode.unset_active()

@@ -3,10 +3,11 @@
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from megatron.core.inference.sampling_params import SamplingParams
 from tqdm import tqdm
 
@@ -15,22 +16,23 @@ from ..comm.recipe_book import RecipeBook, as_book
 from ..comm.recipe_file import FILE
 from ..comm.recipes import AllReduceRecipe
 from ..compat.cpu import megatron_on_cpu
-from ..config import DTYPES, ModelConfig
+from ..config import DTYPES
 from ..errors import UserError, renamed
 from ..layers.model import SSMModel, build_model
 from ..layers.row_parallel import set_recipes
 from ..ops.choose import implementation
 from ..partition.layout import check_tp_size
 from ..ranks import agree, check_same, lost_peers_reported
+from .answers import Answer, TextPiece
 from .distributed import join
-from .engine import Bursts, SlotEngine
+from .engine import SlotEngine
+from .engines import build_engine, pick_engine
 from .megatron_engine import MegatronEngine
 from .peers import PeerWatch
-from .prefix_cache import PrefixCache, PrefixCounts
+from .prefix_cache import PrefixCounts
 from .requests import (
     GenerationOutput,
     Limits,
-    Progress,
     Prompt,
     Request,
     check_seed,
@@ -39,20 +41,10 @@ from .requests import (
     read_prompt,
     read_stop_words,
 )
-from .slots import SlotTable
-from .state import CacheLimits, check_room, check_slots_fit, inference_config
+from .running import Bursts
+from .state import CacheLimits
 from .stopping import StopCondition
 from .tokenizer import NoTokenizer, TextTokenizer, load_tokenizer
-
-
-@dataclass(frozen=True)
-class TextPiece:
-    """A step of one prompt's answer as it comes: new tokens and their text; `output` once it is finished."""
-
-    index: int
-    token_ids: list[int]
-    text: str
-    output: GenerationOutput | None
 
 
 def _parse_dtype(dtype: str | torch.dtype, checkpoint: ModelCheckpoint) -> torch.dtype:
@@ -62,6 +54,23 @@ def _parse_dtype(dtype: str | torch.dtype, checkpoint: ModelCheckpoint) -> torch
     if name not in DTYPES:
         raise UserError("dtype", name, "cannot be run", ", ".join(("auto", *DTYPES)))
     return getattr(torch, name)
+
+
+def _check_arguments(limits: object, bursts: object, tp_overlap_from: object) -> None:
+    """Raises UserError: one of them is of another kind."""
+    if not isinstance(limits, CacheLimits):
+        raise UserError("limits", limits, "is not one", "CacheLimits(max_requests=..., ...)")
+    if bursts is not None and not isinstance(bursts, Bursts):
+        raise UserError("bursts", bursts, "is not one", "Bursts(longest=..., ...), or None")
+    if tp_overlap_from is not None and (type(tp_overlap_from) is not int or tp_overlap_from < 1):
+        raise UserError("tp_overlap_from", tp_overlap_from, "is no number of tokens", "an integer from 1, or None")
+
+
+def _load(model: SSMModel, checkpoint: ModelCheckpoint, group: dist.ProcessGroup) -> None:
+    """Fill the parameters, rank 0 with a bar."""
+    parameters = dict(model.named_parameters())
+    with tqdm(total=len(parameters), desc="loading", disable=None if group.rank() == 0 else True) as bar:
+        load_parameters(parameters, checkpoint, group.rank(), group.size(), lambda name: bar.update())
 
 
 class LLM:
@@ -84,13 +93,9 @@ class LLM:
         self.model, self.config, self.tokenizer = model, checkpoint.config, tokenizer
         self.limits = Limits(self.config.vocab_size, limits.max_sequence_length)
         tp_group = model.pg_collection.tp
-        self.engine: SlotEngine | MegatronEngine | None = None
-        if pick_engine(engine, self.config) == SlotEngine.name:
-            self.engine = _slot_engine(model, self.config, limits, bursts, seed)
-        else:
-            engine_config = inference_config(model, self.config, limits, model.pg_collection)
-            agree(lambda: check_room(engine_config, model.embedding.word_embeddings.weight.device), tp_group)
-            self.engine = MegatronEngine(model, engine_config, tokenizer)
+        self.engine: SlotEngine | MegatronEngine | None = build_engine(
+            engine, model, self.config, tokenizer, limits, bursts, seed
+        )
         on_gpu = model.embedding.word_embeddings.weight.is_cuda
         self._watch = PeerWatch(tp_group) if on_gpu and tp_group.size() > 1 else None
         self._step = self._watch.step if self._watch else nullcontext
@@ -136,27 +141,20 @@ class LLM:
                 nothing can leave a NCCL kernel that waits.
         """
         device, groups = join(tensor_model_parallel_size)
-        tp = groups.tp.size()
-
+        limits = limits if limits is not None else CacheLimits()
         check_seed(seed)
-        if tp_overlap_from is not None and (type(tp_overlap_from) is not int or tp_overlap_from < 1):
-            raise UserError("tp_overlap_from", tp_overlap_from, "is no number of tokens", "an integer from 1, or None")
 
         def read_headers() -> tuple[ModelCheckpoint, torch.dtype, TextTokenizer | NoTokenizer, RecipeBook | None]:
-            if not isinstance(limits, CacheLimits):
-                raise UserError("limits", limits, "is not one", "CacheLimits(max_requests=..., ...)")
+            _check_arguments(limits, bursts, tp_overlap_from)
             implementation(ops)
             checkpoint = open_model(path)
-            check_tp_size(checkpoint.config, tp)
-            pick_engine(engine, checkpoint.config)
-            if bursts is not None and not isinstance(bursts, Bursts):
-                raise UserError("bursts", bursts, "is not one", "Bursts(longest=..., ...), or None")
+            check_tp_size(checkpoint.config, groups.tp.size())
+            pick_engine(engine, checkpoint.config, limits.prefix_bytes)
             if tp_overlap_from is not None and not checkpoint.config.is_pure_ssm:
                 raise UserError("tp_overlap_from", tp_overlap_from, "the model has other layers than SSMs", "None")
             words = load_tokenizer(Path(tokenizer or path), checkpoint.config)
             return checkpoint, _parse_dtype(dtype, checkpoint), words, as_book(tp_allreduce, "tp_allreduce")
 
-        limits = limits if limits is not None else CacheLimits()
         with lost_peers_reported(), megatron_on_cpu():
             checkpoint, params_dtype, words, recipes = agree(read_headers, groups.tp)
             check_same("tp_allreduce", recipes.fingerprint() if recipes else "none", groups.tp)
@@ -168,9 +166,7 @@ class LLM:
             model = build_model(checkpoint.config, groups, params_dtype, device, length, seed, exact_norm, ops)
             model.decoder.overlap_from = tp_overlap_from
             set_recipes(model, recipes)  # before the weights: a book for another model is refused at once
-            parameters = dict(model.named_parameters())
-            with tqdm(total=len(parameters), desc="loading", disable=None if groups.tp.rank() == 0 else True) as bar:
-                load_parameters(parameters, checkpoint, groups.tp.rank(), tp, lambda name: bar.update())
+            _load(model, checkpoint, groups.tp)
             return cls(model.eval(), checkpoint, words, limits, engine, bursts, seed)
 
     def generate(
@@ -253,7 +249,7 @@ class LLM:
         started = time.monotonic()
         texts = [prompt if isinstance(prompt, str) else None for prompt in prompts]
         answers = [
-            _Answer(index, text, request, self.tokenizer, started)
+            Answer(index, text, request, self.tokenizer, started)
             for index, (text, request) in enumerate(zip(texts, requests, strict=True))
         ]
         with lost_peers_reported():
@@ -293,66 +289,3 @@ class LLM:
         positions = torch.arange(len(ids), device=device)[None]
         with self._open_engine().alone(), lost_peers_reported(), megatron_on_cpu(), self._step():
             return self.model(tokens, positions, None, runtime_gather_output=True)[0].float()
-
-
-def pick_engine(name: str, config: ModelConfig) -> str:
-    """ "slots" or "megatron", of what was asked for.
-
-    Raises:
-        UserError: there is none of that name, or the model has layers that ours cannot run.
-    """
-    if name not in ("auto", "slots", "megatron"):
-        raise UserError("engine", name, "is no engine", "auto, slots, megatron")
-    if name == "slots" and not config.is_pure_ssm:
-        raise UserError("engine", name, "the model has other layers than SSMs", "auto, megatron")
-    if name != "auto":
-        return name
-    return "slots" if config.is_pure_ssm else "megatron"
-
-
-def _slot_engine(
-    model: SSMModel, config: ModelConfig, limits: CacheLimits, bursts: Bursts | None, seed: int
-) -> SlotEngine:
-    tp_group, device = model.pg_collection.tp, model.embedding.word_embeddings.weight.device
-    sizes = (config, tp_group.size(), limits.max_requests)
-    dtypes = (model.config.params_dtype, limits.ssm_dtype)
-    size = SlotTable.bytes_of(*sizes, *dtypes) + limits.prefix_bytes
-    agree(lambda: check_slots_fit(size, device), tp_group)
-    prefixes = PrefixCache(limits.prefix_bytes) if limits.prefix_bytes else None
-    return SlotEngine(model, SlotTable(*sizes, device, *dtypes), limits.max_tokens, bursts, seed, prefixes)
-
-
-class _Answer:
-    """One request on its way to a GenerationOutput."""
-
-    def __init__(
-        self, index: int, prompt: str | None, request: Request, tokenizer: TextTokenizer | NoTokenizer, started: float
-    ) -> None:
-        self._index, self._prompt, self._request, self._tokenizer = index, prompt, request, tokenizer
-        self._stream, self._started, self._first = tokenizer.stream(), started, None
-        self._tokens, self._text, self._shown = 0, "", 0
-
-    def advance(self, progress: Progress) -> TextPiece:
-        now = time.monotonic()
-        self._first = self._first or now
-        new = progress.token_ids[self._tokens :]
-        self._tokens += len(new)
-        self._text += "".join(self._stream.push(token) for token in new)
-        output = self._output(progress, now) if progress.finished else None
-        # Until the end a stop word may begin in what is there, and bytes may wait for the rest of their character.
-        known = output.text if output else self._request.stop.sure(self._text)
-        text, self._shown = known[self._shown :], max(self._shown, len(known))
-        return TextPiece(self._index, new, text, output)
-
-    def _output(self, progress: Progress, now: float) -> GenerationOutput:
-        tokens, params, stop = progress.token_ids, self._request.params, self._request.stop
-        return GenerationOutput(
-            prompt=self._prompt,
-            prompt_token_ids=self._request.prompt,
-            token_ids=tokens,
-            text=stop.visible(self._tokenizer.detokenize(tokens)),
-            logprobs=progress.log_probs if params.return_log_probs else None,
-            finish_reason="stop" if stop.ends(tokens) else "length",
-            ttft=self._first - self._started,
-            tpot=(now - self._first) / (len(tokens) - 1) if len(tokens) > 1 else None,
-        )

@@ -1,7 +1,6 @@
 """Megatron's DynamicInferenceEngine around our model: continuous batching over slots of state, chunked prefill."""
 
 import asyncio
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -14,11 +13,10 @@ from megatron.core.inference.engines import DynamicInferenceEngine
 from megatron.core.inference.inference_request import DynamicInferenceRequestRecord, Status
 from megatron.core.inference.model_inference_wrappers.gpt.gpt_inference_wrapper import GPTInferenceWrapper
 from megatron.core.inference.text_generation_controllers.text_generation_controller import TextGenerationController
-from megatron.core.inference.utils import InferenceMode
 
 from ..compat.cpu import megatron_on_cpu
-from ..errors import UserError
 from ..layers.model import SSMModel
+from .modes import OneRun, inference_active
 from .requests import Progress, Request
 from .tokenizer import NoTokenizer, TextTokenizer
 
@@ -26,20 +24,15 @@ from .tokenizer import NoTokenizer, TextTokenizer
 @contextmanager
 def megatron_inference() -> Iterator[None]:
     """Megatron's process-wide inference flag and, without CUDA, the CPU stand-ins: on inside, off outside."""
-    was_active = InferenceMode.is_active()
-    with megatron_on_cpu():
-        InferenceMode.set_active()
-        try:
-            yield
-        finally:
-            if not was_active:
-                InferenceMode.unset_active()
+    with megatron_on_cpu(), inference_active():
+        yield
 
 
-class MegatronEngine:
+class MegatronEngine(OneRun):
     """Requests in, tokens out, a step at a time. Every tensor-parallel rank makes the same calls in the same order."""
 
     def __init__(self, model: SSMModel, config: InferenceConfig, tokenizer: TextTokenizer | NoTokenizer) -> None:
+        super().__init__()
         with megatron_inference():
             self.context = DynamicInferenceContext(model.config, config)
             self.controller = TextGenerationController(GPTInferenceWrapper(model, self.context), tokenizer)
@@ -47,22 +40,11 @@ class MegatronEngine:
             # Megatron takes the loop that happens to run while the engine is built.
             self._loop = self._engine._loop = asyncio.new_event_loop()
         self._device = self.context.mamba_ssm_states.device
-        self._one_run = threading.Lock()
         self._shown: dict[int, int] = {}
 
     def close(self) -> None:
         """Let go of the loop; the engine cannot run any more."""
         self._loop.close()
-
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Nothing else runs the model meanwhile. Raises UserError if something does."""
-        if not self._one_run.acquire(blocking=False):
-            raise UserError("stream", "another", "is still open", "consume it, or close() it, before the next")
-        try:
-            yield
-        finally:
-            self._one_run.release()
 
     def run(
         self,

@@ -149,24 +149,15 @@ class Mamba1Mixer(SSMMixer):
     def ssm_decode(self, tokens: Tensors, states: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         return self.ops.selective_state_step(*self._scan_arguments(tokens), states, slots)
 
-    def decode(
-        self,
-        x: torch.Tensor,
-        around: Tensors,
-        conv_states: torch.Tensor,
-        ssm_states: torch.Tensor,
-        slots: torch.Tensor,
-    ) -> torch.Tensor:
+    def step(self, convolved: torch.Tensor, around: Tensors, states: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         """As SSMMixer's; on GPUs few requests take one kernel from x_proj on."""
-        dims, requests = self.dims, x.shape[0]
-        fused = self.ops.name == "triton" and dims.n_heads == 1 and dt_step.fits(requests, dims.dt_rank)
-        if not fused or torch.is_grad_enabled():
-            return super().decode(x, around, conv_states, ssm_states, slots)
-        convolved = self.ops.causal_conv1d_step(x.squeeze(1), *self.conv_weights(), conv_states, slots)
-        bcdt, _ = self.x_proj(convolved.unsqueeze(1))
-        given = (bcdt.squeeze(1), convolved, around[0].squeeze(1), self.dt_proj.weight, self.decay_rates())
-        y = dt_step.dt_and_step(*given, self.D, self.dt_proj.bias, ssm_states, slots, dims.bcdt_norm_eps)
-        return y.unsqueeze(1)
+        dims, few = self.dims, dt_step.fits(convolved.shape[0], self.dims.dt_rank)
+        if self.ops.name != "triton" or dims.n_heads > 1 or not few or torch.is_grad_enabled():
+            return super().step(convolved, around, states, slots)
+        bcdt, _ = self.x_proj(convolved)
+        tokens = (t.squeeze(1) for t in (bcdt, convolved, around[0]))
+        weights = (self.dt_proj.weight, self.decay_rates(), self.D, self.dt_proj.bias)
+        return dt_step.dt_and_step(*tokens, *weights, states, slots, dims.bcdt_norm_eps).unsqueeze(1)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """As PartitionedModule's. Linears of a head have no extra state: at other TP sizes they are other modules."""

@@ -189,7 +189,8 @@ class SSMMixer(PartitionedModule):
         decodes, prefills, tokens = batch.decode_req_count, batch.prefill_req_count, batch.token_count
         if not prefills and decodes == tokens == x.shape[0]:
             slots = metadata.batch_indices_decode[:decodes]
-            return self.decode(x, around, conv_states, ssm_states, slots)
+            convolved = self.ops.causal_conv1d_step(x.squeeze(1), *self.conv_weights(), conv_states, slots)
+            return self.step(convolved.unsqueeze(1), around, ssm_states, slots)
         x = x.squeeze(1)
         # Padding goes with the prompts, which leave it out.
         decode, prefill = slice(0, decodes), slice(decodes, x.shape[0])
@@ -211,18 +212,10 @@ class SSMMixer(PartitionedModule):
             parts.append(self.ssm_prefill(_part(inputs, prefill), ssm_states, prefill_slots, cu_seqlens))
         return _joined(parts, tokens, inputs[0].flatten(1)).unsqueeze(1)
 
-    def decode(
-        self,
-        x: torch.Tensor,
-        around: Tensors,
-        conv_states: torch.Tensor,
-        ssm_states: torch.Tensor,
-        slots: torch.Tensor,
-    ) -> torch.Tensor:
-        """One token of each of s requests and nothing else: x [s, 1, ..] -> y [s, 1, D/p]."""
-        convolved = self.ops.causal_conv1d_step(x.squeeze(1), *self.conv_weights(), conv_states, slots)
-        inputs = tuple(t.squeeze(1) for t in self.inputs(convolved.unsqueeze(1), around))
-        return self.ssm_decode(inputs, ssm_states, slots).unsqueeze(1)
+    def step(self, convolved: torch.Tensor, around: Tensors, states: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        """One token of each of s requests from the convolution on: [s, 1, ..] -> y [s, 1, D/p], states in place."""
+        inputs = tuple(t.squeeze(1) for t in self.inputs(convolved, around))
+        return self.ssm_decode(inputs, states, slots).unsqueeze(1)
 
     def decay_rates(self) -> torch.Tensor:
         """A = -exp(A_log), float32. Without autograd it is kept, and in its place: CUDA graphs read it there."""

@@ -55,10 +55,11 @@ def dt_and_step(
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     x, z, bcdt, cached = last_axis_dense(x), last_axis_dense(z), last_axis_dense(bcdt), dense_states(states)
     (requests, channels), (rank, d_state) = x.shape, (dt_weight.shape[1], A.shape[1])
+    weights = [t.contiguous() for t in (dt_weight, A.float(), D, dt_bias)]
     launch(
         dt_step,
         (-(-channels // _CHANNELS), requests),
-        (bcdt, x, z, out, dt_weight.contiguous(), A.float().contiguous(), D, dt_bias, cached, slots),
+        (bcdt, x, z, out, *weights, cached, slots.contiguous()),
         (channels, x.stride(0), z.stride(0), bcdt.stride(0), cached.stride(0), eps or 0.0),
         RANK=rank,
         D_STATE=d_state,
@@ -73,6 +74,17 @@ def dt_and_step(
     return out
 
 
-def _reference(bcdt, x, z, dt_weight, A, D, dt_bias, states, slots, eps) -> torch.Tensor:
+def _reference(
+    bcdt: torch.Tensor,
+    x: torch.Tensor,
+    z: torch.Tensor,
+    dt_weight: torch.Tensor,
+    A: torch.Tensor,
+    D: torch.Tensor,
+    dt_bias: torch.Tensor,
+    states: torch.Tensor,
+    slots: torch.Tensor,
+    eps: float | None,
+) -> torch.Tensor:
     dt, bc = split_bcdt(bcdt, dt_weight.shape[1], A.shape[1], eps)
     return selective_state_step(x, F.linear(dt, dt_weight), A, *bc.chunk(2, dim=-1), D, z, dt_bias, states, slots)

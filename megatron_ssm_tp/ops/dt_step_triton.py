@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from .elementwise_triton import LOG2E, silu, softplus
+from .elementwise_triton import LOG2E
+from .state_step_triton import advance
 
 
 @triton.jit
@@ -50,9 +51,8 @@ def dt_step(
     x = tl.load(x_ptr + request * x_stride + d, mask=mask, other=0.0).to(tl.float32)
     z = tl.load(z_ptr + request * z_stride + d, mask=mask, other=0.0).to(tl.float32)
     D = tl.load(D_ptr + d, mask=mask, other=0.0).to(tl.float32)
-    step = softplus(dt + tl.load(dt_bias_ptr + d, mask=mask, other=0.0).to(tl.float32))
-    state = tl.exp2(step[:, None] * A) * state + (step * x)[:, None] * B[None, :]
-    y = (tl.sum(state * C[None, :], axis=1) + D * x) * silu(z)
+    dt += tl.load(dt_bias_ptr + d, mask=mask, other=0.0).to(tl.float32)
+    state, y = advance(state, x, dt, A, B, C, D, z)
     tl.store(state_at, state.to(states_ptr.dtype.element_ty), mask=own)
     tl.store(out_ptr + request * channels + d, y.to(out_ptr.dtype.element_ty), mask=mask)
 

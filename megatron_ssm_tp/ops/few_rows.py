@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from .choose import kernels_can_take
 
-MOST_REQUESTS = 4  # rows of x from which on torch's products are as fast
+MOST_REQUESTS = 2  # rows of x; of four a step of Falcon-Mamba-7B is no faster than with torch's products
 
 
 @dataclass(frozen=True)
@@ -19,28 +19,23 @@ class FewRowsLaunch:
     """How a product is launched.
 
     Args:
-        rows: of the weight, of a program. With `dot` at least 8, and 8 for each warp keep all warps busy.
-        block_k: columns of a tile. Without `dot` 256 for each warp are loaded 16 bytes a thread and never exchanged.
+        rows: of the weight, of a program.
+        block_k: columns of a tile; 256 for each warp are loaded 16 bytes a thread and never exchanged.
         warps: of a program.
-        stages: tiles in flight: in registers, with `dot` in shared memory.
-        dot: tensor cores, with x padded to 16 rows; else multiply-adds in registers.
-        pdl: begin before the kernel before has ended (programmatic dependent launch: compute capability 9.0), and let
-            the next one do so.
+        stages: tiles in flight, in registers.
     """
 
     rows: int
     block_k: int
     warps: int
     stages: int = 2
-    dot: bool = False
-    pdl: bool = False
 
 
 def pick_launch(rows: int, columns: int, requests: int) -> FewRowsLaunch:
     """For a weight [rows, columns] and so many rows of x; measured on an H100 with the sizes of Falcon-Mamba-7B."""
     if columns < 1024:
         return FewRowsLaunch(8, max(16, min(256, 1 << (columns - 1).bit_length())), 1)
-    share = 1 if requests == 1 or rows < 1024 else 2 if requests <= 4 else 4  # of x, by the rows of a program
+    share = 1 if requests == 1 or rows < 1024 else 2  # of x, by the rows of a program
     return FewRowsLaunch(share, 2048 if columns >= 2048 else 1024, 8 if columns >= 2048 else 4)
 
 

@@ -1,13 +1,12 @@
 """few_rows.py in Triton: a program has some rows of the weight and walks along their columns.
 
-Without tensor cores a thread holds neighbouring columns of the weight, and the same of x, and sums what it has: threads
-meet once, at the end. Tiles are loaded several ahead, into registers, and the walk is unrolled.
+A thread holds neighbouring columns of the weight, and the same of x, and sums what it has: threads meet once, at the
+end. Tiles are loaded several ahead, into registers, and the walk is unrolled.
 """
 
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .few_rows import FewRowsLaunch, pick_launch
 from .kernel_calls import launch
@@ -31,15 +30,12 @@ def few_rows_linear(x: torch.Tensor, weight: torch.Tensor, how: FewRowsLaunch | 
         UNIT=unit,
         COLUMNS=columns,
         REQUESTS=requests,
-        **constants_of(how),
+        ROWS=how.rows,
+        BLOCK_K=how.block_k,
+        STAGES=how.stages,
+        num_warps=how.warps,
     )
     return out
-
-
-def constants_of(how: FewRowsLaunch) -> dict[str, int | bool]:
-    """What kernels and launches are given of a FewRowsLaunch."""
-    constants = {"ROWS": how.rows, "BLOCK_K": how.block_k, "STAGES": how.stages, "DOT": how.dot, "PDL": how.pdl}
-    return constants | {"num_warps": how.warps} | ({"launch_pdl": True} if how.pdl else {})
 
 
 @triton.jit
@@ -55,40 +51,22 @@ def few_rows_product(
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
-    DOT: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """ROWS rows of the weight, times REQUESTS rows of x. x_stride counts UNIT values."""
     x_stride *= UNIT
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     weight_at = weight_ptr + tl.minimum(row, rows - 1).to(tl.int64)[:, None] * COLUMNS
-    if DOT:
-        begin_dependent(PDL)
-        sums = _dot(x_ptr, weight_at, x_stride, COLUMNS, REQUESTS, ROWS, BLOCK_K, STAGES)
-        request = tl.arange(0, 16)[:, None]
-        there = (request < REQUESTS) & (row < rows)[None, :]
-        tl.store(out_ptr + request * rows + row[None, :], sums.to(out_ptr.dtype.element_ty), mask=there)
-    else:
-        steps: tl.constexpr = (COLUMNS + BLOCK_K - 1) // BLOCK_K
-        tiles, sums = first_tiles(weight_at, COLUMNS, REQUESTS, ROWS, BLOCK_K, STAGES)
-        begin_dependent(PDL)
-        for step in tl.static_range(steps):
-            x = ()
-            for request in tl.static_range(REQUESTS):
-                x = x + (load_columns(x_ptr + request * x_stride, step, COLUMNS, BLOCK_K, False).to(tl.float32),)
-            sums = add_products(sums, tiles[0], x, REQUESTS, ROWS, BLOCK_K)
-            tiles = next_tiles(tiles, weight_at, step + STAGES, COLUMNS, BLOCK_K)
+    steps: tl.constexpr = (COLUMNS + BLOCK_K - 1) // BLOCK_K
+    tiles, sums = first_tiles(weight_at, COLUMNS, REQUESTS, ROWS, BLOCK_K, STAGES)
+    for step in tl.static_range(steps):
+        x = ()
         for request in tl.static_range(REQUESTS):
-            y = tl.sum(sums[request], axis=1)
-            tl.store(out_ptr + request * rows + row, y.to(out_ptr.dtype.element_ty), mask=row < rows)
-
-
-@triton.jit
-def begin_dependent(PDL: tl.constexpr):
-    """Lets the next kernel begin, and waits for what the one before has written."""
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
+            x = x + (load_columns(x_ptr + request * x_stride, step, COLUMNS, BLOCK_K, False).to(tl.float32),)
+        sums = add_products(sums, tiles[0], x, REQUESTS, ROWS, BLOCK_K)
+        tiles = next_tiles(tiles, weight_at, step + STAGES, COLUMNS, BLOCK_K)
+    for request in tl.static_range(REQUESTS):
+        y = tl.sum(sums[request], axis=1)
+        tl.store(out_ptr + request * rows + row, y.to(out_ptr.dtype.element_ty), mask=row < rows)
 
 
 @triton.jit
@@ -142,29 +120,3 @@ def add_products(sums, weight, x, REQUESTS: tl.constexpr, ROWS: tl.constexpr, BL
         products = tl.reshape(wide * x[request], (ROWS, BLOCK_K // vector, vector))
         more = more + (sums[request] + tl.sum(products, axis=2),)
     return more
-
-
-@triton.jit
-def _dot(
-    x_ptr,
-    weight_at,
-    x_stride,
-    COLUMNS: tl.constexpr,
-    REQUESTS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """x weight^T by tensor cores, float32 [16, ROWS]; x's rows beyond REQUESTS are zeros."""
-    request = tl.arange(0, 16)[:, None]
-    sums = tl.zeros((16, ROWS), tl.float32)
-    for first in tl.range(0, COLUMNS, BLOCK_K, num_stages=STAGES):
-        column = (first + tl.arange(0, BLOCK_K))[None, :]
-        there = column < COLUMNS if COLUMNS % BLOCK_K else column >= 0
-        x = tl.load(x_ptr + request * x_stride + column, mask=(request < REQUESTS) & there, other=0.0)
-        if COLUMNS % BLOCK_K:
-            weight = tl.load(weight_at + column, mask=there, other=0.0)
-        else:
-            weight = tl.load(weight_at + column)
-        sums = tl.dot(x, tl.trans(weight), sums, input_precision="ieee")
-    return sums

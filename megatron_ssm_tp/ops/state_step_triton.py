@@ -54,8 +54,15 @@ def state_step(
     dt = tl.load(dt_ptr + request * dt_stride + d, mask=mask, other=0.0).to(tl.float32)
     z = tl.load(z_ptr + request * z_stride + d, mask=mask, other=0.0).to(tl.float32)
     D = tl.load(D_ptr + d, mask=mask, other=0.0).to(tl.float32)
-    step = softplus(dt + tl.load(dt_bias_ptr + d, mask=mask, other=0.0).to(tl.float32))
-    state = tl.exp2(step[:, None] * A) * state + (step * x)[:, None] * B[None, :]
-    y = (tl.sum(state * C[None, :], axis=1) + D * x) * silu(z)
+    dt += tl.load(dt_bias_ptr + d, mask=mask, other=0.0).to(tl.float32)
+    state, y = advance(state, x, dt, A, B, C, D, z)
     tl.store(state_at, state.to(states_ptr.dtype.element_ty), mask=own)
     tl.store(out_ptr + request * channels + d, y.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def advance(state, x, dt, A, B, C, D, z):
+    """A token: the state [CHANNELS, N] after it, and y [CHANNELS]. dt before its softplus, A times log2(e)."""
+    step = softplus(dt)
+    state = tl.exp2(step[:, None] * A) * state + (step * x)[:, None] * B[None, :]
+    return state, (tl.sum(state * C[None, :], axis=1) + D * x) * silu(z)

@@ -1,0 +1,80 @@
+"""A request as the host sees it while it runs, and how often the host looks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from ..errors import UserError
+from .requests import Progress, Request
+from .sampling import SamplingNeeds
+
+
+@dataclass(frozen=True)
+class Bursts:
+    """How often the host looks.
+
+    Args:
+        longest: steps of a burst; answers are seen that many tokens at a time.
+        while_reading: the same, while prompts are read between bursts.
+        ahead: passes and bursts that are launched before the first is looked at.
+        graphs: replay CUDA graphs; a CPU has none.
+    """
+
+    longest: int = 16
+    while_reading: int = 4
+    ahead: int = 2
+    graphs: bool = True
+
+    def __post_init__(self) -> None:
+        for name, least in (("longest", 1), ("while_reading", 1), ("ahead", 0)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise UserError(name, value, "is out of range", f"an integer, {least} or more")
+
+    @classmethod
+    def on(cls, device: torch.device) -> "Bursts":
+        """What suits a device: a CPU gains nothing from steps ahead."""
+        return cls() if device.type == "cuda" else cls(longest=1, while_reading=1, ahead=0, graphs=False)
+
+
+@dataclass(eq=False)
+class Running:
+    """A request in the engine. `read` and `launched` count what has been launched, `tokens` what has come."""
+
+    index: int
+    request: Request
+    ordinal: int
+    slot: int = -1
+    read: int = 0
+    keep_at: int = 0  # of its prompt: where its states are kept as a prefix's
+    launched: int = 0
+    over: bool = False
+    tokens: list[int] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
+
+    @property
+    def limit(self) -> int:
+        return self.request.params.num_tokens_to_generate
+
+    @property
+    def needs(self) -> SamplingNeeds:
+        params = self.request.params
+        return SamplingNeeds(
+            random=params.temperature > 0,
+            ranked=params.temperature > 0 and bool(params.top_k or params.top_p),
+            penalized=params.repetition_penalty != 1,
+            log_probs=params.return_log_probs,
+        )
+
+    def progress(self) -> Progress:
+        log_probs = list(self.log_probs) if self.request.params.return_log_probs else None
+        return Progress(self.index, list(self.tokens), log_probs, self.over)
+
+
+def needs_of(rows: Sequence[Running]) -> SamplingNeeds:
+    """What any of them asks for."""
+    needs = SamplingNeeds()
+    for running in rows:
+        needs |= running.needs
+    return needs
