@@ -73,6 +73,27 @@ def sampled(
     return [found[index] for index in range(len(prompts))]
 
 
+def abandoned(path: Path, bursts: dict) -> list[int]:
+    """Slots that are free when a run is left after its first answer, all of its steps being under way."""
+    engine = jobs.llm(path, bursts=Bursts(**bursts), **LIMITS).engine
+    next(run := engine.run([request_of([1, 2], 6), request_of([3], 6)]))
+    run.close()
+    assert not engine.has_unfinished
+    return sorted(engine.free_slots)
+
+
+def cancelled_late(path: Path, bursts: dict) -> tuple[bool, bool, list[int]]:
+    """Whether a request can be cancelled when all of its steps are under way, and again; what comes of it then."""
+    engine = jobs.llm(path, bursts=Bursts(**bursts), **LIMITS).engine
+    with engine.alone():
+        engine.add(0, request_of([1, 2], 4))
+        engine.step()
+        said = engine.cancel(0), engine.cancel(0)
+        found = [progress.index for _ in range(4) for progress in engine.step()]
+        engine.reset()
+    return *said, found
+
+
 def disagreement(path: Path, rank: int) -> str:
     """One rank's seeds are others: what every rank raises, and whether the engine answers again after it."""
     engine, here = jobs.llm(path, **LIMITS).engine, jobs.groups().tp.rank()
@@ -88,6 +109,7 @@ def disagreement(path: Path, rank: int) -> str:
         with mock.patch.object(RowParams, "at", other):
             engine.generate(requests)
     except RuntimeError as error:
+        assert sorted(engine.free_slots) == [0, 1, 2]
         again = engine.generate([request_of([1, 2, 3], 4)])
         return f"{error}; then {len(again[0].token_ids)} tokens"
     return "no error"

@@ -73,6 +73,12 @@ def test_ranks_that_choose_different_tokens_are_found_out(world, tiny, rank):
         assert message.startswith("the ranks have chosen different tokens") and message.endswith("then 4 tokens")
 
 
+def test_what_is_under_way_can_be_left_and_cancelled(world, tiny):
+    path, bursts = tiny("mamba").path, {"longest": 8, "ahead": 3}
+    assert world(1).run(jobs.abandoned, path, bursts) == [[0, 1, 2]]
+    assert world(1).run(jobs.cancelled_late, path, bursts) == [(True, False, [])]
+
+
 @pytest.mark.parametrize(
     ("asked", "expected"), [("nothing", ["bf16"]), ("int8", ["int8"]), ("off", []), ("model", ["int8"])]
 )

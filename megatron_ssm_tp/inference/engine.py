@@ -24,8 +24,6 @@ from .requests import Progress, Request
 from .running import Bursts, Running, needs_of
 from .slots import SlotTable
 
-_SEED_STRIDE = 0x9E3779B97F4A7C15  # of the seeds of requests that bring none
-
 
 class SlotEngine(OneRun, AbstractEngine):
     """Requests in, tokens out. Every tensor-parallel rank makes the same calls in the same order.
@@ -55,6 +53,9 @@ class SlotEngine(OneRun, AbstractEngine):
         graphs = self.bursts.graphs and table.device.type == "cuda"
         self.decoder = Decoder(model, table, self.bursts.longest, graphs)
         self._seed, self._ordinals = seed, itertools.count()
+        self._unfinished: dict[
+            int, Running
+        ] = {}  # by index; the queues below have those that something is left to do for
         self._waiting: deque[Running] = deque()
         self._reading: deque[Running] = deque()
         self._decoding: list[Running] = []
@@ -101,23 +102,23 @@ class SlotEngine(OneRun, AbstractEngine):
 
     @property
     def has_unfinished(self) -> bool:
-        return bool(self._waiting or self._reading or self._decoding or self._in_flight)
+        return bool(self._unfinished)
 
     def add(self, index: int, request: Request) -> None:
         """Have `request` answered; its Progress bears `index`, which no unfinished one may have."""
-        self._waiting.append(Running(index, request, next(self._ordinals)))
+        self._unfinished[index] = running = Running(index, request, next(self._ordinals))
+        self._waiting.append(running)
 
     def cancel(self, index: int) -> bool:
         """Forget the request of that index; whether there was one. No Progress comes of it any more."""
-        found = next((r for r in [*self._waiting, *self._reading, *self._decoding] if r.index == index), None)
-        if found is None:
+        if index not in self._unfinished:
             return False
-        self._end(found)
+        self._end(self._unfinished[index])
         return True
 
     def reset(self) -> None:
         """Forget all requests."""
-        for running in [*self._waiting, *self._reading, *self._decoding]:
+        for running in list(self._unfinished.values()):
             self._end(running)
         self._in_flight.clear()
 
@@ -138,23 +139,14 @@ class SlotEngine(OneRun, AbstractEngine):
         while self._waiting and self.free_slots:
             running = self._waiting.popleft()
             running.slot = self.free_slots.pop()
-            params, request = running.request.params, running.request
-            seed = params.seed if params.seed is not None else self._seed + _SEED_STRIDE * (running.ordinal + 1)
-            sampling = {
-                "temperature": float(params.temperature),
-                "top_k": params.top_k,
-                "top_p": float(params.top_p),
-                "min_p": float(params.min_p),
-                "repetition_penalty": float(params.repetition_penalty),
-                "seed": seed % (1 << 63),
-            }
+            request = running.request
             states = None
             if self.prefixes is not None:
                 running.read, states = self.prefixes.find(request.prompt)
                 parting = self.prefixes.parting(request.prompt, running.read)
                 running.keep_at = len(request.prompt) if request.keep_state else parting
             end_ids = sorted(request.stop.end_ids)
-            self.table.begin(running.slot, request.prompt, sampling, running.limit, end_ids, states)
+            self.table.begin(running.slot, request.prompt, running.sampling(self._seed), running.limit, end_ids, states)
             self._reading.append(running)
 
     def _read(self) -> bool:
@@ -199,8 +191,7 @@ class SlotEngine(OneRun, AbstractEngine):
 
     def _decode(self) -> bool:
         """A burst of all that decode."""
-        rows = [running for running in self._decoding if not running.over]
-        self._decoding = rows
+        rows = self._decoding
         if not rows:
             return False
         left = [running.limit - running.launched for running in rows]
@@ -240,6 +231,7 @@ class SlotEngine(OneRun, AbstractEngine):
 
     def _end(self, running: Running) -> None:
         running.over = True
+        del self._unfinished[running.index]
         for queue in (self._waiting, self._reading, self._decoding):
             if running in queue:
                 queue.remove(running)

@@ -9,6 +9,8 @@ from ..errors import UserError
 from .requests import Progress, Request
 from .sampling import SamplingNeeds
 
+_SEED_STRIDE = 0x9E3779B97F4A7C15  # of the seeds of requests that bring none
+
 
 @dataclass(frozen=True)
 class Bursts:
@@ -66,6 +68,19 @@ class Running:
             penalized=params.repetition_penalty != 1,
             log_probs=params.return_log_probs,
         )
+
+    def sampling(self, seed: int) -> dict[str, float]:
+        """A value for each field of RowParams; `seed` and the ordinal give the seed of a request that brings none."""
+        params = self.request.params
+        own = params.seed if params.seed is not None else seed + _SEED_STRIDE * (self.ordinal + 1)
+        return {
+            "temperature": float(params.temperature),
+            "top_k": params.top_k,
+            "top_p": float(params.top_p),
+            "min_p": float(params.min_p),
+            "repetition_penalty": float(params.repetition_penalty),
+            "seed": own % (1 << 63),
+        }
 
     def progress(self) -> Progress:
         log_probs = list(self.log_probs) if self.request.params.return_log_probs else None
