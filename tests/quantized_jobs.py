@@ -15,6 +15,7 @@ from megatron_ssm_tp.comm.recipe_book import RecipeBook
 from megatron_ssm_tp.comm.recipes import AllReduceRecipe, Int8BlockScaling
 from megatron_ssm_tp.compat.cpu import megatron_on_cpu
 from megatron_ssm_tp.layers.model import SSMModel
+from megatron_ssm_tp.layers.overlap import HALVES, set_overlap
 from megatron_ssm_tp.layers.row_parallel import RecipeRowParallelLinear, set_recipes
 
 
@@ -289,30 +290,32 @@ def fused_and_not(
     return found, with_it, without
 
 
-def in_halves_and_whole(
-    path: Path, prompts: list, n: int, recipe: AllReduceRecipe | None, dtype: str, max_tokens: int
+def overlapped_and_whole(
+    path: Path, prompts: list, n: int, recipe: AllReduceRecipe | None, dtype: str, max_tokens: int, way: str = HALVES
 ) -> tuple[int, list, list]:
-    """How many passes were taken in halves; tokens and their log-probabilities then, and of whole passes."""
+    """How often sums travelled beside products; tokens and their log-probabilities then, and of plain passes."""
     from megatron_ssm_tp.inference.state import CacheLimits
     from megatron_ssm_tp.layers import stack
+    from megatron_ssm_tp.layers.mamba1_mixer import Mamba1Mixer
 
     limits = CacheLimits(max_requests=4, max_tokens=max_tokens, max_sequence_length=256)
     params = SamplingParams(temperature=0, num_tokens_to_generate=n, termination_id=-1, return_log_probs=True)
     model = LLM.from_pretrained(path, dtype=dtype, tp_allreduce=recipe, limits=limits)
-    with mock.patch.object(stack, "forward_in_halves", side_effect=stack.forward_in_halves) as passes:
+    owner, name = (stack, "forward_in_halves") if way == HALVES else (Mamba1Mixer, "_x_proj_beside_z")
+    with mock.patch.object(owner, name, autospec=True, side_effect=getattr(owner, name)) as passes:
         found = []
         for overlap_from in (2, None):
-            model.model.decoder.overlap_from = overlap_from
+            set_overlap(model.model, way, overlap_from)
             outputs = model.generate(prompts, params)
             found.append([(output.token_ids, output.logprobs) for output in outputs])
             taken = passes.call_count
     return taken, *found
 
 
-def error_of_overlap(path: Path, overlap_from: list) -> str:
+def error_of_overlap(path: Path, overlap_from: list, way: str = HALVES) -> str:
     """The one line of a model that this rank asks to overlap so."""
     try:
-        LLM.from_pretrained(path, tp_overlap_from=overlap_from[groups().tp.rank()])
+        LLM.from_pretrained(path, tp_overlap_from=overlap_from[groups().tp.rank()], tp_overlap=way)
     except UserError as error:
         return str(error)
     return ""

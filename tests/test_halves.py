@@ -1,4 +1,4 @@
-"""Two halves of a pass in flight: every token is in one, and the answers are those of whole passes."""
+"""Sums that travel beside products: the answers are those of plain passes, and of two halves every token is in one."""
 
 from types import SimpleNamespace
 
@@ -24,7 +24,7 @@ def test_answers_are_those_of_whole_passes(world, tiny, family, tp, recipe):
     name, options = (VARIANTS | own).get(family, (family, {}))
     prompts = [IDS, IDS[:5], IDS[3:40], IDS[7:8], IDS[20:90], IDS[:64]]
     given = tiny(name, **options).path, prompts, 5, recipe, "float32", 64
-    for passes, in_halves, whole in world(tp).run(quantized_jobs.in_halves_and_whole, *given):
+    for passes, in_halves, whole in world(tp).run(quantized_jobs.overlapped_and_whole, *given):
         assert passes >= 5
         for (tokens, logprobs), (expected, expected_logprobs) in zip(in_halves, whole, strict=True):
             if recipe is None:
@@ -35,10 +35,22 @@ def test_answers_are_those_of_whole_passes(world, tiny, family, tp, recipe):
 
 
 @pytest.mark.parametrize("recipe", [None, Bf16()], ids=["none", "bf16"])
+def test_z_is_the_same_behind_x_projs_sums(world, tiny, recipe):
+    """Passes of prompts, of both kinds and of single tokens, which their number alone tells from prompts."""
+    prompts = [IDS, IDS[:5], IDS[3:40], IDS[7:8], IDS[20:90]]
+    given = tiny("falcon_mamba").path, prompts, 5, recipe, "float32", 64, "x_proj"
+    for mixed, beside, plain in world(2).run(quantized_jobs.overlapped_and_whole, *given):
+        assert mixed >= 5
+        for (tokens, logprobs), (expected, expected_logprobs) in zip(beside, plain, strict=True):
+            assert tokens == expected
+            np.testing.assert_allclose(logprobs, expected_logprobs, atol=1e-4)
+
+
+@pytest.mark.parametrize("recipe", [None, Bf16()], ids=["none", "bf16"])
 def test_a_float32_stream_stays_one(world, tiny, recipe):
     """A bfloat16 model whose residual stream is float32."""
     given = tiny("falcon_mamba").path, [IDS, IDS[:5]], 3, recipe, "bfloat16", 256
-    for passes, in_halves, whole in world(2).run(quantized_jobs.in_halves_and_whole, *given):
+    for passes, in_halves, whole in world(2).run(quantized_jobs.overlapped_and_whole, *given):
         assert passes
         for (_, logprobs), (_, expected) in zip(in_halves, whole, strict=True):
             np.testing.assert_allclose(logprobs[:1], expected[:1], atol=0.03)
@@ -53,8 +65,20 @@ def test_a_float32_stream_stays_one(world, tiny, recipe):
         ("zamba2", [64, 64], "tp_overlap_from=64: the model has other layers than SSMs; legal: None"),
     ],
 )
-def test_what_cannot_be_overlapped_is_refused(world, tiny, family, asked, message):
+def test_what_cannot_go_in_halves_is_refused(world, tiny, family, asked, message):
     for found in world(2).run(quantized_jobs.error_of_overlap, tiny(family).path, asked):
+        assert found == message
+
+
+@pytest.mark.parametrize(
+    ("family", "way", "message"),
+    [
+        ("mamba", "quarters", "tp_overlap='quarters': hides no reduction; legal: halves, x_proj"),
+        ("mamba2", "x_proj", "tp_overlap='x_proj': the model has no x_proj; legal: halves"),
+    ],
+)
+def test_ways_that_there_are_not_are_refused(world, tiny, family, way, message):
+    for found in world(2).run(quantized_jobs.error_of_overlap, tiny(family).path, [64, 64], way):
         assert found == message
 
 
@@ -95,6 +119,7 @@ def test_every_token_is_in_one_half(prompts, decodes, padding):
         own = own[counts.decode_req_count : counts.token_count]
         begins = metadata.cu_seqlens[: counts.prefill_req_count + 1].tolist()
         assert begins[0] == 0 and begins[-1] == len(own) and begins == sorted(set(begins))
+        assert list(half.lengths) == np.diff(begins).tolist()
         for i, slot in enumerate(metadata.batch_indices_prefill[: counts.prefill_req_count].tolist()):
             seen += [(slot, row) for row in own[begins[i] : begins[i + 1]].tolist()]
     expected = [(i, i) for i in range(decodes)]

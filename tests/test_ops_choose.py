@@ -82,3 +82,12 @@ def test_as_many_chunks_as_fill_the_gpu(tokens, sequences, warps, expected):
     from megatron_ssm_tp.ops.selective_scan import launch_for
 
     assert launch_for(tokens, sequences, warps, 132).chunk == expected
+
+
+@pytest.mark.parametrize(("longest", "expected"), [(None, 8960), (8192, 512), (280, 8960), (8960, 512)])
+def test_a_long_prompt_among_short_ones_is_cut(longest, expected):
+    """Of 32 prompts only the longest counts: the others are over long before it."""
+    pytest.importorskip("triton")
+    from megatron_ssm_tp.ops.selective_scan import launch_for
+
+    assert launch_for(8960, 32, 128, 132, longest).chunk // 64 * 64 == expected

@@ -91,6 +91,7 @@ _OPTIONS = {
     "seed",
     "ops",
     "tp_overlap_from",
+    "tp_overlap",
     "dtype",
     "max_sequence_length",
     "max_requests",

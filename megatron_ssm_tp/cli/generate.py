@@ -80,8 +80,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--tp-overlap-from",
         type=int,
         metavar="N",
-        help="steps over N tokens of prompts or more go in two halves, one's sums travelling while the other computes; "
-        "of models of SSM layers alone (default: never)",
+        help="steps over N tokens of prompts or more hide sums between ranks behind products (default: never)",
+    )
+    parser.add_argument(
+        "--tp-overlap",
+        default="halves",
+        metavar="WAY",
+        help="halves (of the tokens, by turns; models of SSM layers alone) or x_proj (behind z's product; Mamba-1)",
     )
     parser.add_argument(
         "--json", nargs="?", const=STDOUT, metavar="FILE", help="a JSON report: instead of text, or into FILE beside it"
@@ -167,6 +172,7 @@ def run(args: argparse.Namespace) -> None:
         ops=args.ops,
         tp_allreduce=recipes,
         tp_overlap_from=args.tp_overlap_from,
+        tp_overlap=args.tp_overlap,
     )
     started = time.monotonic()
     pieces = llm.stream(prompts, params)

@@ -19,6 +19,7 @@ from ..compat.cpu import megatron_on_cpu
 from ..config import DTYPES
 from ..errors import UserError, renamed
 from ..layers.model import SSMModel, build_model
+from ..layers.overlap import HALVES, check_overlap, set_overlap
 from ..layers.row_parallel import set_recipes
 from ..ops.choose import implementation
 from ..partition.layout import check_tp_size
@@ -56,14 +57,12 @@ def _parse_dtype(dtype: str | torch.dtype, checkpoint: ModelCheckpoint) -> torch
     return getattr(torch, name)
 
 
-def _check_arguments(limits: object, bursts: object, tp_overlap_from: object) -> None:
+def _check_arguments(limits: object, bursts: object) -> None:
     """Raises UserError: one of them is of another kind."""
     if not isinstance(limits, CacheLimits):
         raise UserError("limits", limits, "is not one", "CacheLimits(max_requests=..., ...)")
     if bursts is not None and not isinstance(bursts, Bursts):
         raise UserError("bursts", bursts, "is not one", "Bursts(longest=..., ...), or None")
-    if tp_overlap_from is not None and (type(tp_overlap_from) is not int or tp_overlap_from < 1):
-        raise UserError("tp_overlap_from", tp_overlap_from, "is no number of tokens", "an integer from 1, or None")
 
 
 def _load(model: SSMModel, checkpoint: ModelCheckpoint, group: dist.ProcessGroup) -> None:
@@ -114,6 +113,7 @@ class LLM:
         ops: str = "auto",
         tp_allreduce: AllReduceRecipe | RecipeBook | None = None,
         tp_overlap_from: int | None = None,
+        tp_overlap: str = HALVES,
         engine: str = "auto",
         bursts: Bursts | None = None,
     ) -> "LLM":
@@ -128,8 +128,9 @@ class LLM:
             seed: of the sampling generator, the same on every rank.
             tp_allreduce: how the ranks' partial sums travel: a recipe for all sites but x_proj's, or a book of recipes
                 by site, none of whose enabled matchers may fit no site; None is Megatron's own all-reduce.
-            tp_overlap_from: passes over this many tokens of prompts or more go in two halves, one's partial sums
-                travelling while the other's products run, where all layers are SSMs (layers/halves.py); None is never.
+            tp_overlap_from: passes over this many tokens or more hide reductions behind products; None: none does.
+            tp_overlap: how: "halves" of the tokens by turns, where all layers are SSMs, or "x_proj"'s sums behind z's
+                product, of Mamba-1 (layers/overlap.py).
             ops: who computes convolutions and scans, "auto", "triton" or "reference" (ops/choose.py), not norms.
             engine: "slots", ours for models of SSM layers alone, "megatron", or "auto", which is ours where it can be.
             bursts: how often our engine's host looks at what the device has generated; None is what suits the device.
@@ -145,13 +146,12 @@ class LLM:
         check_seed(seed)
 
         def read_headers() -> tuple[ModelCheckpoint, torch.dtype, TextTokenizer | NoTokenizer, RecipeBook | None]:
-            _check_arguments(limits, bursts, tp_overlap_from)
+            _check_arguments(limits, bursts)
             implementation(ops)
             checkpoint = open_model(path)
             check_tp_size(checkpoint.config, groups.tp.size())
             pick_engine(engine, checkpoint.config, limits.prefix_bytes)
-            if tp_overlap_from is not None and not checkpoint.config.is_pure_ssm:
-                raise UserError("tp_overlap_from", tp_overlap_from, "the model has other layers than SSMs", "None")
+            check_overlap(checkpoint.config, tp_overlap, tp_overlap_from)
             words = load_tokenizer(Path(tokenizer or path), checkpoint.config)
             return checkpoint, _parse_dtype(dtype, checkpoint), words, as_book(tp_allreduce, "tp_allreduce")
 
@@ -159,12 +159,13 @@ class LLM:
             checkpoint, params_dtype, words, recipes = agree(read_headers, groups.tp)
             check_same("tp_allreduce", recipes.fingerprint() if recipes else "none", groups.tp)
             check_same("tp_overlap_from", str(tp_overlap_from), groups.tp)
+            check_same("tp_overlap", tp_overlap, groups.tp)
             if recipes is not None:
                 with renamed(lambda field: field if field == FILE else f"tp_allreduce.{field}"):
                     recipes.check_backends(groups.tp, device)
             length = limits.max_sequence_length
             model = build_model(checkpoint.config, groups, params_dtype, device, length, seed, exact_norm, ops)
-            model.decoder.overlap_from = tp_overlap_from
+            set_overlap(model, tp_overlap, tp_overlap_from)
             set_recipes(model, recipes)  # before the weights: a book for another model is refused at once
             _load(model, checkpoint, groups.tp)
             return cls(model.eval(), checkpoint, words, limits, engine, bursts, seed)

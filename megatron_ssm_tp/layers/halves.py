@@ -11,8 +11,6 @@ left in the prompt's slots in the same layer, as chunks of a prompt do from one 
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from functools import cache
 from itertools import accumulate
 
 import torch
@@ -21,6 +19,7 @@ from megatron.core.inference.contexts import BaseInferenceContext
 from .layer import MixerLayer
 from .norm import LocalRMSNorm
 from .pass_context import Counts, PassContext, Slots
+from .side_stream import SideStream
 
 NEAR = 8  # a prompt's end is taken for the middle within an eighth of the tokens
 TILE = 128  # tokens that products take at a time
@@ -50,14 +49,15 @@ def halves(context: BaseInferenceContext, lengths: Sequence[int]) -> list[tuple[
     """Tokens of each half, and their context; the first has all decoding requests, the second all padding."""
     counts, metadata = context.batch_dimensions, context.mamba_metadata
     decodes, cut = counts.decode_req_count, middle(lengths)
-    ends = list(accumulate(lengths))
-    begun = sum(end - length < cut for end, length in zip(ends, lengths, strict=True))
-    over = sum(end <= cut for end in ends)
+    spans = list(zip(accumulate(lengths), lengths, strict=True))
+    begun = sum(end - length < cut for end, length in spans)
+    over = sum(end <= cut for end, _ in spans)
     slots, cu_seqlens = metadata.batch_indices_prefill, metadata.cu_seqlens
     first = PassContext(
         context,
         Counts(decodes, begun, decodes + cut),
         Slots(metadata.batch_indices_decode, slots[:begun], cu_seqlens[: begun + 1].clamp(max=cut)),
+        [min(end, cut) - (end - length) for end, length in spans[:begun]],
     )
     second = PassContext(
         context,
@@ -67,6 +67,7 @@ def halves(context: BaseInferenceContext, lengths: Sequence[int]) -> list[tuple[
             slots[over : len(lengths)],
             (cu_seqlens[over : len(lengths) + 1] - cut).clamp(min=0),
         ),
+        [end - max(cut, end - length) for end, length in spans[over:]],
     )
     return [(slice(0, decodes + cut), first), (slice(decodes + cut, None), second)]
 
@@ -78,18 +79,18 @@ class _Half:
     would give its memory away at once.
     """
 
-    def __init__(self, hidden_states: torch.Tensor, normed: torch.Tensor, context: PassContext, lanes: "_Lanes"):
-        self.hidden_states, self.normed, self.context, self.lanes = hidden_states, normed, context, lanes
+    def __init__(self, hidden_states: torch.Tensor, normed: torch.Tensor, context: PassContext, side: SideStream):
+        self.hidden_states, self.normed, self.context, self.side = hidden_states, normed, context, side
         self.made: torch.cuda.Event | None = None
         self.kept: tuple[torch.Tensor, ...] = ()
 
     def pass_through(self, layer: MixerLayer, following: LocalRMSNorm) -> None:
         self.wait()
         partial = layer.partial(self.normed, self.context)
-        with self.lanes.side():
+        with self.side.behind_current():
             given = self.hidden_states
             self.hidden_states, self.normed = layer.sum_and_norm(partial, given, following)
-        self.made = self.lanes.made()
+        self.made = self.side.made()
         self.kept = (partial, given)
 
     def wait(self) -> None:
@@ -97,29 +98,6 @@ class _Half:
         if self.made is not None:
             self.made.wait()
         self.kept = ()
-
-
-class _Lanes:
-    """The current stream and one beside it, whose work of few, early blocks goes first; on CPUs neither."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._side = _side_stream(device) if device.type == "cuda" else None
-
-    def side(self) -> AbstractContextManager:
-        """Within it work goes to the side stream, behind what the current one has been given."""
-        if self._side is None:
-            return nullcontext()
-        self._side.wait_stream(torch.cuda.current_stream(self._side.device))
-        return torch.cuda.stream(self._side)
-
-    def made(self) -> torch.cuda.Event | None:
-        return None if self._side is None else self._side.record_event()
-
-
-@cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all models: memory that a stream has used is kept for it."""
-    return torch.cuda.Stream(device, priority=-1)
 
 
 def forward_in_halves(
@@ -134,8 +112,8 @@ def forward_in_halves(
     Every layer's mixer is an SSM's, and what it reduces before out_proj goes by no recipe, whose buffers out_proj's
     reduction uses meanwhile. Without recipes both are NCCL's, of one communicator, and wait for each other.
     """
-    lanes, normed = _Lanes(hidden_states.device), layers[0].norm(hidden_states.to(final_norm.weight.dtype))
-    both = [_Half(hidden_states[tokens], normed[tokens], half, lanes) for tokens, half in halves(context, lengths)]
+    side, normed = SideStream(hidden_states.device), layers[0].norm(hidden_states.to(final_norm.weight.dtype))
+    both = [_Half(hidden_states[tokens], normed[tokens], half, side) for tokens, half in halves(context, lengths)]
     followings = [*(layer.norm for layer in layers[1:]), final_norm]
     for layer, following in zip(layers, followings, strict=True):
         for half in both:

@@ -20,9 +20,12 @@ Backward mirrors it: B and C are replicated but feed rank-local channels, so the
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import RowParallelLinear
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -34,9 +37,11 @@ from ..ops.bcdt import split_bcdt
 from ..partition.layout import state_shapes
 from ..partition.parameters import mamba1_parameters
 from .initialization import filled_later, initialize_mamba1
+from .lean_linear import LeanColumnParallelLinear, is_lean
 from .mixer import SSMMixer, Tensors
-from .row_parallel import partial_product
+from .row_parallel import partial_product, reduce_partial
 from .sharding import sharers
+from .side_stream import SideStream
 
 
 @dataclass
@@ -63,6 +68,8 @@ class Mamba1Mixer(SSMMixer):
     Raises:
         UserError: d_inner cannot be shared by the group's ranks.
     """
+
+    z_behind_from: int | None = None  # tokens from which on z's half of in_proj is made while x_proj's sums travel
 
     def __init__(
         self,
@@ -111,16 +118,40 @@ class Mamba1Mixer(SSMMixer):
         return state_shapes(self.dims, self.tp_group.size())
 
     def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, Tensors]:
-        """[l, b, h] -> x [l, b, D/p], and z of the same shape."""
+        """[l, b, h] -> x [l, b, D/p], and z of the same shape, or what it is to be made of later."""
+        if self._z_waits(hidden_states):
+            of_x, of_z = self.in_proj.weight.chunk(2)
+            return F.linear(hidden_states, of_x), _LaterZ(hidden_states, of_z)
         x, z = self.in_proj(hidden_states)[0].chunk(2, dim=-1)
         return x, (z,)
+
+    def _z_waits(self, hidden_states: torch.Tensor) -> bool:
+        """Whether z is made while x_proj's sums travel, rather than with x."""
+        if self.z_behind_from is None or hidden_states.shape[:-1].numel() < self.z_behind_from:
+            return False
+        reduced = self.head_group is not None and isinstance(self.x_proj, RowParallelLinear)
+        return reduced and isinstance(self.in_proj, LeanColumnParallelLinear) and is_lean(self.in_proj)
+
+    def _x_proj_beside_z(self, convolved: torch.Tensor, later: "_LaterZ") -> tuple[torch.Tensor, torch.Tensor]:
+        """x_proj's product, summed over the ranks on a stream of its own, and z."""
+        side, partial = SideStream(convolved.device), partial_product(self.x_proj, convolved)
+        with side.behind_current():
+            bcdt = reduce_partial(self.x_proj, partial)
+        made = side.made()
+        z = F.linear(*later)
+        if made is not None:
+            made.wait()
+            bcdt.record_stream(torch.cuda.current_stream(bcdt.device))
+        return bcdt, z
 
     def inputs(self, convolved: torch.Tensor, around: Tensors) -> Tensors:
         """x [.., D/p] -> x, dt before bias and softplus [.., D/p], B and C [.., N] or [.., heads here, N], z [.., D/p].
 
         Without heads of their own, ranks hold the whole of dt, B and C after x_proj's reduction.
         """
-        if isinstance(self.x_proj, _HeadsLinear):
+        if isinstance(around, _LaterZ):
+            bcdt, *around = self._x_proj_beside_z(convolved, around)
+        elif isinstance(self.x_proj, _HeadsLinear):
             bcdt = torch.einsum("...hd,rhd->...hr", _by_head(convolved, self.heads), self.x_proj.by_head(1))
         else:
             bcdt, _ = self.x_proj(convolved)
@@ -142,9 +173,15 @@ class Mamba1Mixer(SSMMixer):
         return self.ops.selective_scan(*self._scan_arguments(tokens), state)
 
     def ssm_prefill(
-        self, tokens: Tensors, states: torch.Tensor, slots: torch.Tensor, cu_seqlens: torch.Tensor
+        self,
+        tokens: Tensors,
+        states: torch.Tensor,
+        slots: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        longest: int | None = None,
     ) -> torch.Tensor:
-        return self.ops.selective_scan_varlen(*self._scan_arguments(tokens), states, slots, cu_seqlens)
+        where = (states, slots, cu_seqlens)
+        return self.ops.selective_scan_varlen(*self._scan_arguments(tokens), *where, longest=longest)
 
     def ssm_decode(self, tokens: Tensors, states: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         return self.ops.selective_state_step(*self._scan_arguments(tokens), states, slots)
@@ -152,7 +189,8 @@ class Mamba1Mixer(SSMMixer):
     def step(self, convolved: torch.Tensor, around: Tensors, states: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         """As SSMMixer's; on GPUs few requests take one kernel from x_proj on."""
         dims, few = self.dims, dt_step.fits(convolved.shape[0], self.dims.dt_rank)
-        if self.ops.name != "triton" or dims.n_heads > 1 or not few or torch.is_grad_enabled():
+        fused = self.ops.name == "triton" and few and not isinstance(around, _LaterZ)
+        if dims.n_heads > 1 or not fused or torch.is_grad_enabled():
             return super().step(convolved, around, states, slots)
         bcdt, _ = self.x_proj(convolved)
         tokens = (t.squeeze(1) for t in (bcdt, convolved, around[0]))
@@ -170,6 +208,13 @@ class Mamba1Mixer(SSMMixer):
 
     def partial(self, y: torch.Tensor, around: Tensors) -> tuple[torch.Tensor, None]:
         return partial_product(self.out_proj, y), None
+
+
+class _LaterZ(NamedTuple):
+    """What z [l, b, D/p] is the product of, in z's place."""
+
+    hidden_states: torch.Tensor  # [l, b, h]
+    weight: torch.Tensor  # [D/p, h], in_proj's lower half
 
 
 def _by_head(channels: torch.Tensor, heads: int) -> torch.Tensor:

@@ -118,9 +118,15 @@ class Mamba2Mixer(SSMMixer):
         return y.flatten(-2), state
 
     def ssm_prefill(
-        self, tokens: Tensors, states: torch.Tensor, slots: torch.Tensor, cu_seqlens: torch.Tensor
+        self,
+        tokens: Tensors,
+        states: torch.Tensor,
+        slots: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        longest: int | None = None,
     ) -> torch.Tensor:
-        return self.ops.ssd_varlen(*self._scan_arguments(tokens), states, slots, cu_seqlens).flatten(-2)
+        where = (states, slots, cu_seqlens)
+        return self.ops.ssd_varlen(*self._scan_arguments(tokens), *where, longest=longest).flatten(-2)
 
     def ssm_decode(self, tokens: Tensors, states: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         return self.ops.ssd_step(*self._scan_arguments(tokens), states, slots).flatten(-2)

@@ -95,9 +95,15 @@ class SSMMixer(PartitionedModule):
         raise TypeError(f"{type(self).__name__} does not define scan")
 
     def ssm_prefill(
-        self, tokens: Tensors, states: torch.Tensor, slots: torch.Tensor, cu_seqlens: torch.Tensor
+        self,
+        tokens: Tensors,
+        states: torch.Tensor,
+        slots: torch.Tensor,
+        cu_seqlens: torch.Tensor,
+        longest: int | None = None,
     ) -> torch.Tensor:
-        """Packed prompts or parts of them [T, ..]: output [T, D/p]; states from and into the slots."""
+        """Packed prompts or parts of them [T, ..], the longest of so many tokens, if the host knows: output [T, D/p];
+        states from and into the slots."""
         raise TypeError(f"{type(self).__name__} does not define ssm_prefill")
 
     def ssm_decode(self, tokens: Tensors, states: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
@@ -209,7 +215,8 @@ class SSMMixer(PartitionedModule):
         if decodes:
             parts.append(self.ssm_decode(_part(inputs, decode), ssm_states, decode_slots))
         if prefills:
-            parts.append(self.ssm_prefill(_part(inputs, prefill), ssm_states, prefill_slots, cu_seqlens))
+            longest = getattr(context, "longest", None)  # Megatron's contexts do not tell
+            parts.append(self.ssm_prefill(_part(inputs, prefill), ssm_states, prefill_slots, cu_seqlens, longest))
         return _joined(parts, tokens, inputs[0].flatten(1)).unsqueeze(1)
 
     def step(self, convolved: torch.Tensor, around: Tensors, states: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:

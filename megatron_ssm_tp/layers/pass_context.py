@@ -46,6 +46,11 @@ class PassContext:
     mamba_slot_allocator = None
     num_speculative_tokens = 0
 
+    @property
+    def longest(self) -> int | None:
+        """Tokens of the longest prompt of this pass."""
+        return max(self.lengths) if self.lengths else None
+
     def is_dynamic_batching(self) -> bool:
         return True
 

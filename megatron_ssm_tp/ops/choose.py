@@ -102,8 +102,10 @@ def _missing_for_triton() -> str:
     return "" if has_triton() else "no Triton"
 
 
-def _by_tensors(kernel: Callable, truth: Callable, x: torch.Tensor, *arguments: object) -> torch.Tensor:
-    return (kernel if kernels_can_take(x, *arguments) else truth)(x, *arguments)
+def _by_tensors(
+    kernel: Callable, truth: Callable, x: torch.Tensor, *arguments: object, **hints: int | None
+) -> torch.Tensor:
+    return (kernel if kernels_can_take(x, *arguments) else truth)(x, *arguments, **hints)
 
 
 def _by_device(kernel: Callable, truth: Callable, x: torch.Tensor, *arguments: torch.Tensor | None) -> tuple:

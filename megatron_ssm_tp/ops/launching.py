@@ -40,6 +40,12 @@ class Chunks:
         return self.tokens // self.size + self.sequences if self.cut else 0
 
 
+def alike(tokens: int, sequences: int, longest: int | None) -> int:
+    """As many sequences of the longest's length as have these tokens: a pass takes as long as its longest one, which
+    short ones beside it do not make shorter. Where the host does not know it, all are taken to be alike."""
+    return sequences if longest is None else max(1, min(sequences, tokens // longest))
+
+
 def even_chunk(tokens: int, sequences: int, size: int) -> int:
     """About `size`, and such that each of equal sequences is cut into equal chunks; it is whole below 1.5 of these."""
     mean = -(-tokens // sequences)

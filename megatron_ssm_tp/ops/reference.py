@@ -142,8 +142,12 @@ def selective_scan_varlen(
     states: torch.Tensor,
     slots: torch.Tensor,
     cu_seqlens: torch.Tensor,
+    longest: int | None = None,
 ) -> torch.Tensor:
-    """`selective_scan` over packed sequences [T, ...], from and into states [slots, D, N]; returns y [T, D]."""
+    """`selective_scan` over packed sequences [T, ...], from and into states [slots, D, N]; returns y [T, D].
+
+    `longest` is of use to kernels alone.
+    """
     index, own, lengths = dense_index(cu_seqlens)
     x, dt, B, C, z = (unpack(tokens, index) for tokens in (x, dt, B, C, z))
     y, final = selective_scan(x, dt, A, B, C, D, z, dt_bias, states[slots], lengths)

@@ -26,7 +26,7 @@ import torch
 
 from ..errors import UserError
 from .kernel_calls import launch
-from .launching import Chunks, dense_states, even_chunk, last_axis_dense, multiprocessors, power_of_two
+from .launching import Chunks, alike, dense_states, even_chunk, last_axis_dense, multiprocessors, power_of_two
 from .selective_scan_triton import scan_chunks
 from .state_step_triton import state_step
 
@@ -55,7 +55,7 @@ class ScanLaunch:
     max_registers: int | None = None
 
 
-def launch_for(tokens: int, sequences: int, warps: int, processors: int) -> ScanLaunch:
+def launch_for(tokens: int, sequences: int, warps: int, processors: int, longest: int | None = None) -> ScanLaunch:
     """Prompts that fill the GPU are not cut, others into as many chunks as fill it; equal prompts into equal chunks.
 
     Cut ones pay both passes, so that a warp alone on a quarter of a multiprocessor, slow as it is, already beats them.
@@ -63,7 +63,9 @@ def launch_for(tokens: int, sequences: int, warps: int, processors: int) -> Scan
 
     Args:
         warps: that have all channels between them.
+        longest: tokens of the longest prompt, see alike().
     """
+    sequences = alike(tokens, sequences, longest)
     if sequences * warps >= ENOUGH_WARPS * processors:
         return ScanLaunch(chunk=tokens, max_registers=168)
     shortest = max(SHORTEST_CHUNK, min(SHORT_CHUNK, tokens // 32))
@@ -84,6 +86,7 @@ def selective_scan_varlen(
     slots: torch.Tensor,
     cu_seqlens: torch.Tensor,
     how: ScanLaunch | None = None,
+    longest: int | None = None,
 ) -> torch.Tensor:
     """h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t;  y_t = (C_t h_t + D x_t) silu(z_t), with dt = softplus(dt + dt_bias).
 
@@ -93,6 +96,7 @@ def selective_scan_varlen(
         states: [slots, D, N], float32 or narrower, read at each sequence's start and written in place at its end.
         slots: int [s], each sequence's own.
         cu_seqlens: int [s + 1], where sequences begin and end in T. Not read by the host.
+        longest: tokens of the longest of them, where the host knows: a long one among short ones is cut then.
 
     Returns:
         y [T, D] in x's dtype. Nothing here is differentiable.
@@ -103,7 +107,7 @@ def selective_scan_varlen(
     x, dt, z = (last_axis_dense(t) for t in (x, dt, z))
     A, D, dt_bias, cached = A.float().contiguous(), D.contiguous(), dt_bias.contiguous(), dense_states(states)
     shape = ScanShape(x.shape[0], cu_seqlens.numel() - 1, x.shape[1], 1 if B.dim() == 2 else B.shape[1], A.shape[1])
-    how = how or launch_for(shape.tokens, shape.sequences, shape.warps, multiprocessors(x.device))
+    how = how or launch_for(shape.tokens, shape.sequences, shape.warps, multiprocessors(x.device), longest)
     lanes, chunks = shape.lanes(how.warps), Chunks(shape.tokens, shape.sequences, how.chunk)
     grid = shape.grid(lanes, chunks.programs)
     starts = A.new_empty(chunks.slots, shape.d_state, shape.channels)

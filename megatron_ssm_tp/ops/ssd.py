@@ -30,7 +30,7 @@ import triton.language as tl
 
 from ..errors import UserError
 from .kernel_calls import launch
-from .launching import Chunks, dense_states, even_chunk, last_axis_dense, multiprocessors, power_of_two
+from .launching import Chunks, alike, dense_states, even_chunk, last_axis_dense, multiprocessors, power_of_two
 from .ssd_states_triton import block_decays, chunk_states
 from .ssd_step_triton import ssd_state_step
 from .ssd_triton import scan_chunks
@@ -89,6 +89,7 @@ def ssd_varlen(
     slots: torch.Tensor,
     cu_seqlens: torch.Tensor,
     how: SSDLaunch | None = None,
+    longest: int | None = None,
 ) -> torch.Tensor:
     """h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t;  y_t = C_t h_t + D x_t, with dt = clamp(softplus(dt + dt_bias)).
 
@@ -99,6 +100,7 @@ def ssd_varlen(
         states: [slots, H, P, N], float32 or narrower, read at each sequence's start and written in place at its end.
         slots: int [s], each sequence's own.
         cu_seqlens: int [s + 1], where sequences begin and end in T. Not read by the host.
+        longest: tokens of the longest of them, where the host knows: a long one among short ones is cut then.
         how: None is launch_for(x.dtype, N).
 
     Returns:
@@ -119,7 +121,7 @@ def ssd_varlen(
         BLOCK=how.block,
         HEADS=_HEADS_OF_DECAYS,
     )
-    chunk = how.chunk or shape.chunk(how, x.device)
+    chunk = how.chunk or shape.chunk(how, x.device, longest)
     chunks = Chunks(shape.tokens, shape.sequences, chunk)
     grid = (shape.heads * shape.channel_blocks(how.channels), chunks.programs)
     starts = A.new_empty(chunks.slots, shape.heads, shape.channels, shape.d_state)
@@ -210,13 +212,14 @@ class _Shape:
         """So many programs for a chunk, and how many of these there may be (lanes_triton.py)."""
         return programs, self.tokens // chunk + self.sequences
 
-    def chunk(self, how: SSDLaunch, device: torch.device) -> int:
+    def chunk(self, how: SSDLaunch, device: torch.device, longest: int | None) -> int:
         """Tokens in a chunk, about, so that the GPU is full."""
         programs = self.heads * self.channel_blocks(how.channels)
-        if self.sequences * programs >= how.programs_per_sm * multiprocessors(device):
+        sequences = alike(self.tokens, self.sequences, longest)
+        if sequences * programs >= how.programs_per_sm * multiprocessors(device):
             return self.tokens
         wanted = max(1, how.programs_per_sm * multiprocessors(device) // programs)
-        return even_chunk(self.tokens, self.sequences, max(SHORTEST_CHUNK, self.tokens // wanted))
+        return even_chunk(self.tokens, sequences, max(SHORTEST_CHUNK, self.tokens // wanted))
 
 
 def _tile(size: int) -> int:

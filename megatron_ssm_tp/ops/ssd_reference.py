@@ -98,8 +98,12 @@ def ssd_varlen(
     states: torch.Tensor,
     slots: torch.Tensor,
     cu_seqlens: torch.Tensor,
+    longest: int | None = None,
 ) -> torch.Tensor:
-    """`ssd` over packed sequences [T, ...], from and into states [slots, H, P, N]; returns y [T, H, P]."""
+    """`ssd` over packed sequences [T, ...], from and into states [slots, H, P, N]; returns y [T, H, P].
+
+    `longest` is of use to kernels alone.
+    """
     index, own, lengths = dense_index(cu_seqlens)
     x, dt, B, C = (unpack(tokens, index) for tokens in (x, dt, B, C))
     y, final = ssd(x, dt, A, B, C, D, dt_bias, dt_limit, states[slots], lengths)
