@@ -161,8 +161,8 @@ def in_products_of(dtype, x, dt, A, B, C, D, dt_bias, state, block):
     return torch.cat(outputs, 1) + x * D[:, None], state
 
 
-def compile_for_hopper(kernel: str, dtype: str, channels: int, d_state: int):
-    """A kernel of ssd_*triton.py, compiled for sm_90 as it is launched by default."""
+def compiled_for(arch: int, kernel: str, dtype: str, channels: int, d_state: int):
+    """A kernel of ssd_*triton.py, compiled for sm_`arch` as it is launched by default."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -173,6 +173,7 @@ def compile_for_hopper(kernel: str, dtype: str, channels: int, d_state: int):
     torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
     how = asdict(ssd.launch_for(torch_dtype, d_state))
     product, precision = ssd._PRODUCTS[torch_dtype]
+    channels = min(channels, how["channels"])
     constants = {"P": channels, "N": d_state, "BLOCK": how["block"], "HEADS": 16, "MASKED": False, "channel_blocks": 1}
     constants |= {"PRODUCT": product, "PRECISION": precision, "ONE_EACH": True}
     of_states = {"chunk_states": "states_", "scan_chunks": ""}.get(kernel)
@@ -201,4 +202,4 @@ def compile_for_hopper(kernel: str, dtype: str, channels: int, d_state: int):
             if name.endswith(("_ptr", "_stride")) or name in ("channels", "d_state", "heads")
         },
     )
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)

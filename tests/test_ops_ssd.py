@@ -112,7 +112,15 @@ def test_the_tool_that_checks_gpus_finds_errors_small(interpreted):
 )
 def test_kernels_compile_for_gpus_that_are_not_here(kernel, dtype, channels, d_state):
     """And fit, and have tensor cores multiply, where they do multiply."""
-    compiled = jobs.compile_for_hopper(kernel, dtype, channels, d_state)
+    compiled = jobs.compiled_for(90, kernel, dtype, channels, d_state)
     ptx = compiled.asm["ptx"]
     assert ".target sm_90" in ptx and compiled.metadata.shared <= 227 << 10
     assert bool(re.search(r"\bw?g?mma\.", ptx)) == (kernel in ("chunk_states", "scan_chunks"))
+
+
+@pytest.mark.parametrize("kernel", ["chunk_states", "scan_chunks"])
+@pytest.mark.parametrize(
+    ("dtype", "d_state"), [("bf16", 128), ("bf16", 256), ("fp16", 256), ("fp32", 64), ("fp32", 128), ("fp32", 256)]
+)
+def test_prefill_fits_into_the_least_shared_memory_of_ampere_and_ada(kernel, dtype, d_state):
+    assert jobs.compiled_for(86, kernel, dtype, 64, d_state).metadata.shared <= 99 << 10

@@ -73,7 +73,8 @@ def launch_for(dtype: torch.dtype, d_state: int) -> SSDLaunch:
     row = _tile(d_state) * _PRODUCTS[dtype][0].primitive_bitwidth // 8
     if row <= 256:
         return SSDLaunch()
-    return SSDLaunch(block=32, channels=64 if row <= 1024 else 32, stages=1, states_stages=2)
+    wide = row > 1024 or (row == 1024 and dtype == torch.float32)  # 64 channels would be 128 KB: an sm_86 has 99
+    return SSDLaunch(block=32, channels=32 if wide else 64, stages=1, states_stages=2)
 
 
 def ssd_varlen(
