@@ -226,7 +226,7 @@ def _report(args: argparse.Namespace, llm: "LLM", outputs: list["GenerationOutpu
         "dtype": str(llm.model.config.params_dtype).removeprefix("torch."),
         "ops": _ops_in_use(llm),
         "tp_allreduce": _recipes_in_force(args, llm),
-        "outputs": [asdict(output) for output in outputs],
+        "outputs": [{k: v for k, v in asdict(output).items() if k != "state"} for output in outputs],
         "tokens_per_second": tokens / seconds,
         "time_to_first_token": first,
     }

@@ -50,4 +50,5 @@ class Answer:
             finish_reason="stop" if stop.ends(tokens) else "length",
             ttft=self._first - self._started,
             tpot=(now - self._first) / (len(tokens) - 1) if len(tokens) > 1 else None,
+            state=progress.state,
         )

@@ -17,6 +17,7 @@ from megatron.core.inference.engines import AbstractEngine
 
 from ..layers.model import SSMModel
 from ..layers.pass_context import Counts, PassContext, Slots
+from .conversation import ConversationState
 from .decoder import Decoder, Emitted, to_device
 from .modes import OneRun, inference_active
 from .prefix_cache import PrefixCache
@@ -140,13 +141,13 @@ class SlotEngine(OneRun, AbstractEngine):
             running = self._waiting.popleft()
             running.slot = self.free_slots.pop()
             request = running.request
-            states = None
-            if self.prefixes is not None:
-                running.read, states = self.prefixes.find(request.prompt)
-                parting = self.prefixes.parting(request.prompt, running.read)
-                running.keep_at = len(request.prompt) if request.keep_state else parting
-            end_ids = sorted(request.stop.end_ids)
-            self.table.begin(running.slot, request.prompt, running.sampling(self._seed), running.limit, end_ids, states)
+            states = request.state.snapshot if request.state else None
+            if self.prefixes is not None and states is None:
+                running.read, states = self.prefixes.find(running.prompt)
+                parting = self.prefixes.parting(running.prompt, running.read)
+                running.keep_at = len(running.prompt) if request.keep_state else parting
+            sampling, end_ids = running.sampling(self._seed), sorted(request.stop.end_ids)
+            self.table.begin(running.slot, running.conversation, sampling, running.limit, end_ids, states)
             self._reading.append(running)
 
     def _read(self) -> bool:
@@ -154,11 +155,11 @@ class SlotEngine(OneRun, AbstractEngine):
         parts, room = [], self.max_tokens
         while self._reading and room:
             running = self._reading[0]
-            end = running.keep_at if running.read < running.keep_at else len(running.request.prompt)
+            end = running.keep_at if running.read < running.keep_at else len(running.prompt)
             length = min(room, end - running.read)
-            parts.append((running, running.request.prompt[running.read : running.read + length]))
+            parts.append((running, running.prompt[running.read : running.read + length]))
             running.read, room = running.read + length, room - length
-            if running.read < len(running.request.prompt):
+            if running.read < len(running.prompt):
                 break
             self._reading.popleft()
         if parts:
@@ -166,6 +167,25 @@ class SlotEngine(OneRun, AbstractEngine):
         return bool(parts)
 
     def _pass_over(self, parts: list[tuple[Running, Sequence[int]]]) -> None:
+        # Only of the last may a part be left; logits of some token are made even then.
+        done = [running for running, _ in parts if running.read == len(running.prompt)]
+        logits, slots = self._logits(parts, max(1, len(done)))
+        for running, _ in parts:
+            if running.keep_at and running.read == running.keep_at:
+                self.prefixes.keep(running.prompt[: running.read], self.table.snapshot(running.slot))
+        if not done:
+            return
+        for running in done:
+            if running.request.return_state and not running.device_sees_end:
+                running.after_prompt = self.table.snapshot(running.slot)
+        needs = needs_of(done)
+        chosen, log_probs = self.table.choose(logits, slots[: len(done)], needs)
+        emitted = self.decoder.emitted(chosen[None], None if log_probs is None else log_probs[None])
+        self._launched(emitted, done, 1)
+        self._decoding += [running for running in done if running.launched < running.limit]
+
+    def _logits(self, parts: list[tuple[Running, Sequence[int]]], count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A pass over tokens of these slots: logits after the first `count` parts; slots [parts]."""
         device, lengths = self.table.device, [len(part) for _, part in parts]
         ends = list(itertools.accumulate(lengths))
         slots = to_device([running.slot for running, _ in parts], device)
@@ -174,20 +194,8 @@ class SlotEngine(OneRun, AbstractEngine):
         context = PassContext(
             self.table, Counts(0, len(parts), len(tokens)), Slots(None, slots, cu_seqlens), tuple(lengths)
         )
-        # Only of the last may a part be left; logits of some token are made even then.
-        done = [running for running, _ in parts if running.read == len(running.request.prompt)]
-        last = to_device([end - 1 for end in ends[: max(1, len(done))]], device)
-        logits = self.model.logits_of_pass(tokens, context, last)
-        for running, _ in parts:
-            if running.keep_at and running.read == running.keep_at:
-                self.prefixes.keep(running.request.prompt[: running.read], self.table.snapshot(running.slot))
-        if not done:
-            return
-        needs = needs_of(done)
-        chosen, log_probs = self.table.choose(logits, slots[: len(done)], needs)
-        emitted = self.decoder.emitted(chosen[None], None if log_probs is None else log_probs[None])
-        self._launched(emitted, done, 1)
-        self._decoding += [running for running in done if running.launched < running.limit]
+        last = to_device([end - 1 for end in ends[:count]], device)
+        return self.model.logits_of_pass(tokens, context, last), slots
 
     def _decode(self) -> bool:
         """A burst of all that decode."""
@@ -224,10 +232,22 @@ class SlotEngine(OneRun, AbstractEngine):
                 running.tokens.append(token)
                 running.log_probs.append(log_prob)
                 if running.request.stop.ends(running.tokens) or len(running.tokens) == running.limit:
+                    if running.request.return_state:
+                        running.state = self._state_after(running)
                     self._end(running)
             if len(running.tokens) > before:
                 found.append(running.progress())
         return found
+
+    def _state_after(self, running: Running) -> ConversationState:
+        """Of an answer that has ended. Where the device went on behind its end, the answer is read again."""
+        if not running.device_sees_end and running.launched > len(running.tokens):
+            self.table.restore(running.slot, running.after_prompt)
+            answer = running.tokens[:-1]
+            with inference_active(), torch.inference_mode():
+                for begin in range(0, len(answer), self.max_tokens):
+                    self._logits([(running, answer[begin : begin + self.max_tokens])], 1)
+        return ConversationState([*running.conversation, *running.tokens], self.table.snapshot(running.slot))
 
     def _end(self, running: Running) -> None:
         running.over = True

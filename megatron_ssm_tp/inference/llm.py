@@ -25,26 +25,17 @@ from ..ops.choose import implementation
 from ..partition.layout import check_tp_size
 from ..ranks import agree, check_same, lost_peers_reported
 from .answers import Answer, TextPiece
+from .conversation import ConversationState, load_state, save_state
 from .distributed import join
 from .engine import SlotEngine
 from .engines import build_engine, pick_engine
 from .megatron_engine import MegatronEngine
 from .peers import PeerWatch
 from .prefix_cache import PrefixCounts
-from .requests import (
-    GenerationOutput,
-    Limits,
-    Prompt,
-    Request,
-    check_seed,
-    check_token_ids,
-    read_params,
-    read_prompt,
-    read_stop_words,
-)
+from .prompts import Params, Reader, States
+from .requests import GenerationOutput, Limits, Prompt, Request, check_seed, check_token_ids
 from .running import Bursts
 from .state import CacheLimits
-from .stopping import StopCondition
 from .tokenizer import NoTokenizer, TextTokenizer, load_tokenizer
 
 
@@ -95,6 +86,8 @@ class LLM:
         self.engine: SlotEngine | MegatronEngine | None = build_engine(
             engine, model, self.config, tokenizer, limits, bursts, seed
         )
+        table = self.engine.table if isinstance(self.engine, SlotEngine) else None
+        self._reader = Reader(tokenizer, self.limits, self.config.eos_token_ids, table)
         on_gpu = model.embedding.word_embeddings.weight.is_cuda
         self._watch = PeerWatch(tp_group) if on_gpu and tp_group.size() > 1 else None
         self._step = self._watch.step if self._watch else nullcontext
@@ -173,9 +166,11 @@ class LLM:
     def generate(
         self,
         prompts: Sequence[Prompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        sampling_params: Params = None,
         *,
         seed: int | None = None,
+        states: States = None,
+        return_states: bool = False,
     ) -> list[GenerationOutput]:
         """Answer all prompts, in their order, batched continuously.
 
@@ -184,25 +179,31 @@ class LLM:
             sampling_params: one for all or one for each; None is greedy to the end of text. Only generated tokens'
                 log-probabilities are returned (`logits` has the prompt's).
             seed: restarts the sampling generator before this call.
+            states: for each prompt the state of the conversation that it goes on with, or None. What the state has read
+                is not read again, nor counted as part of the sequence. An empty prompt goes on with the last answer.
+            return_states: give each output the state after it. Of our own engine alone, like `states`.
 
         Raises:
             UserError: a prompt or parameter that cannot be served, or a stream that is still open; nothing has been
                 generated then.
             PeerLostError: another rank ended while generating.
         """
-        pieces = self.stream(prompts, sampling_params, seed=seed)
+        pieces = self.stream(prompts, sampling_params, seed=seed, states=states, return_states=return_states)
         outputs = {piece.index: piece.output for piece in pieces if piece.output}
         return [outputs[index] for index in range(len(prompts))]
 
     def stream(
         self,
         prompts: Sequence[Prompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        sampling_params: Params = None,
         *,
         seed: int | None = None,
+        states: States = None,
+        return_states: bool = False,
     ) -> Iterator[TextPiece]:
         """As `generate`, yielding each prompt's new tokens after every step; consume it on all ranks."""
-        requests = self._read_requests(prompts, sampling_params)
+        self._open_engine()
+        requests = self._reader.read(prompts, sampling_params, states, return_states)
         return self._run(prompts, requests, None if seed is None else check_seed(seed))
 
     def cache_prefix(self, prompt: Prompt) -> None:
@@ -212,7 +213,7 @@ class LLM:
             UserError: see `generate`; or nothing is kept (`CacheLimits.prefix_bytes` is 0, or Megatron's engine runs).
         """
         self.prefix_counts()
-        [request] = self._read_requests([prompt], SamplingParams(temperature=0, num_tokens_to_generate=1))
+        [request] = self._reader.read([prompt], SamplingParams(temperature=0, num_tokens_to_generate=1))
         with lost_peers_reported():
             for _ in self._open_engine().run([replace(request, keep_state=True)], self._step):
                 pass
@@ -225,26 +226,14 @@ class LLM:
             raise UserError("prefix_bytes", 0, "keeps no prefixes", legal)
         return engine.prefixes.counts
 
-    def _read_requests(
-        self, prompts: Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None
-    ) -> list[Request]:
-        if not isinstance(prompts, Sequence) or isinstance(prompts, (str, bytes)):
-            raise UserError("prompts", prompts, "is not a list", "a list of texts or of lists of token ids")
-        given = sampling_params if sampling_params is not None else SamplingParams(temperature=0)
-        each = list(given) if isinstance(given, Sequence) else [given] * len(prompts)
-        for params in each:
-            if not isinstance(params, SamplingParams):
-                raise UserError("sampling_params", params, "is not one", "SamplingParams, or one for each prompt")
-        if len(each) != len(prompts):
-            raise UserError("sampling_params", len(each), "are not as many as prompts", f"one, or {len(prompts)}")
-        requests, own = [], isinstance(self._open_engine(), SlotEngine)
-        for index, (prompt, params) in enumerate(zip(prompts, each, strict=True)):
-            ids = read_prompt(f"prompts[{index}]", prompt, params, self.tokenizer, self.limits)
-            ends = self.config.eos_token_ids if params.termination_id is None else (params.termination_id,)
-            words, word_ids = read_stop_words(params, self.tokenizer)
-            stop = StopCondition(frozenset(ends) | word_ids, words, params.detokenize_stop_sequence, self.tokenizer)
-            requests.append(Request(ids, read_params(params, len(ids), self.limits, own), stop))
-        return requests
+    def save_state(self, state: ConversationState, directory: str | Path) -> None:
+        """Write an output's state, each rank its part. Raises UserError: see `conversation.save_state`."""
+        save_state(state, directory, self.model.pg_collection.tp)
+
+    def load_state(self, directory: str | Path) -> ConversationState:
+        """What `save_state` wrote with as many ranks. Raises UserError: see `conversation.load_state`."""
+        device = self.model.embedding.word_embeddings.weight.device
+        return load_state(directory, device, self.model.pg_collection.tp)
 
     def _run(self, prompts: Sequence[Prompt], requests: list[Request], seed: int | None) -> Iterator[TextPiece]:
         started = time.monotonic()

@@ -9,6 +9,7 @@ from numbers import Real
 from megatron.core.inference.sampling_params import SamplingParams
 
 from ..errors import UserError
+from .conversation import ConversationState
 from .stopping import StopCondition
 from .tokenizer import NoTokenizer, TextTokenizer
 
@@ -27,6 +28,7 @@ class GenerationOutput:
         logprobs: natural logarithm of each generated token's probability, if return_log_probs was set.
         finish_reason: "stop" (end of text or a stop word) or "length".
         ttft: seconds from the call to the first token; tpot: mean seconds for each token after it, None for one token.
+        state: what another request may go on from, if it was asked for.
     """
 
     prompt: str | None
@@ -37,17 +39,25 @@ class GenerationOutput:
     finish_reason: str
     ttft: float
     tpot: float | None
+    state: ConversationState | None = None
 
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt to continue, checked: engines do not. `stop` says when its answer is over early; `keep_state` has the
-    states after all of the prompt kept, as a prefix's."""
+    """A prompt to continue, checked: engines do not.
+
+    Args:
+        stop: when its answer is over early.
+        keep_state: have the states after all of the prompt kept, as a prefix's.
+        state: of the conversation that the prompt goes on with; return_state: have the answer's returned.
+    """
 
     prompt: list[int]
     params: SamplingParams
     stop: StopCondition
     keep_state: bool = False
+    state: ConversationState | None = None
+    return_state: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,6 +68,7 @@ class Progress:
     token_ids: list[int]
     log_probs: list[float] | None
     finished: bool
+    state: ConversationState | None = None
 
 
 @dataclass(frozen=True)
@@ -86,9 +97,14 @@ def check_token_ids(field: str, token_ids: Sequence[int], limits: Limits) -> lis
 
 
 def read_prompt(
-    field: str, prompt: Prompt, params: SamplingParams, tokenizer: TextTokenizer | NoTokenizer, limits: Limits
+    field: str,
+    prompt: Prompt,
+    params: SamplingParams,
+    tokenizer: TextTokenizer | NoTokenizer,
+    limits: Limits,
+    first: bool = True,
 ) -> list[int]:
-    """A prompt's token ids.
+    """A prompt's token ids; `first` of its conversation, or a later one's, before which no BOS is put.
 
     Raises:
         UserError: empty, too long to leave room for a token, not of the vocabulary, or text without a tokenizer.
@@ -97,7 +113,7 @@ def read_prompt(
     if isinstance(prompt, str) and not ids:
         raise UserError(field, prompt, "is empty", "at least one token")
     ids = check_token_ids(field, ids, limits)
-    if params.add_BOS and tokenizer.bos is not None and ids[0] != tokenizer.bos:
+    if first and params.add_BOS and tokenizer.bos is not None and ids[0] != tokenizer.bos:
         ids = check_token_ids("bos_token_id", [tokenizer.bos, *ids], limits)
     if len(ids) >= limits.max_sequence_length:
         legal = f"at most {limits.max_sequence_length - 1}, of max_sequence_length={limits.max_sequence_length}"

@@ -6,8 +6,11 @@ from dataclasses import dataclass, field
 import torch
 
 from ..errors import UserError
+from .conversation import ConversationState
+from .prefix_cache import Snapshot
 from .requests import Progress, Request
 from .sampling import SamplingNeeds
+from .slots import END_IDS
 
 _SEED_STRIDE = 0x9E3779B97F4A7C15  # of the seeds of requests that bring none
 
@@ -42,7 +45,10 @@ class Bursts:
 
 @dataclass(eq=False)
 class Running:
-    """A request in the engine. `read` and `launched` count what has been launched, `tokens` what has come."""
+    """A request in the engine. `read` and `launched` count what has been launched, `tokens` what has come.
+
+    `prompt` is all that it has to read: what a conversation has left unread goes before the request's own.
+    """
 
     index: int
     request: Request
@@ -52,8 +58,15 @@ class Running:
     keep_at: int = 0  # of its prompt: where its states are kept as a prefix's
     launched: int = 0
     over: bool = False
+    after_prompt: Snapshot | None = None  # of one whose end the device may not see
+    state: ConversationState | None = None  # of one that has ended, if it is asked for
     tokens: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        earlier = self.request.state.token_ids if self.request.state else []
+        self.conversation = [*earlier, *self.request.prompt]
+        self.prompt = [*earlier[-1:], *self.request.prompt]
 
     @property
     def limit(self) -> int:
@@ -68,6 +81,11 @@ class Running:
             penalized=params.repetition_penalty != 1,
             log_probs=params.return_log_probs,
         )
+
+    @property
+    def device_sees_end(self) -> bool:
+        """Whether what ends the answer is known on the device, so that its states are left alone from there on."""
+        return not self.request.stop.by_text and len(self.request.stop.end_ids) <= END_IDS
 
     def sampling(self, seed: int) -> dict[str, float]:
         """A value for each field of RowParams; `seed` and the ordinal give the seed of a request that brings none."""
@@ -84,7 +102,7 @@ class Running:
 
     def progress(self) -> Progress:
         log_probs = list(self.log_probs) if self.request.params.return_log_probs else None
-        return Progress(self.index, list(self.tokens), log_probs, self.over)
+        return Progress(self.index, list(self.tokens), log_probs, self.over, self.state)
 
 
 def needs_of(rows: Sequence[Running]) -> SamplingNeeds:

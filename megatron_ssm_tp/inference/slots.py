@@ -66,23 +66,33 @@ class SlotTable:
         """A copy of a slot's states."""
         return Snapshot(self.conv[:, slot].clone(), self.ssm[:, slot].clone())
 
+    def fits(self, states: Snapshot) -> bool:
+        """Whether these are a slot's states: of this table's shapes and dtypes."""
+        pairs = ((states.conv, self.conv), (states.ssm, self.ssm))
+        return all(one.dtype == all_.dtype and one.shape == all_[:, 0].shape for one, all_ in pairs)
+
+    def restore(self, slot: int, states: Snapshot | None) -> None:
+        """Give a slot these states; None: those before any token, which are zero."""
+        self.conv[:, slot] = 0 if states is None else states.conv
+        self.ssm[:, slot] = 0 if states is None else states.ssm
+
     def begin(
         self,
         slot: int,
-        prompt: Sequence[int],
+        tokens: Sequence[int],
         sampling: dict[str, float],
         limit: int,
         end_ids: Sequence[int],
         states: Snapshot | None = None,
     ) -> None:
-        """A new request in `slot`, its states zero, or `states`.
+        """A new request in `slot`, see `restore`.
 
         Args:
+            tokens: of its conversation, for penalties.
             sampling: a value for each field of RowParams.
             limit: tokens to generate at most.
         """
-        self.conv[:, slot] = 0 if states is None else states.conv
-        self.ssm[:, slot] = 0 if states is None else states.ssm
+        self.restore(slot, states)
         for name, value in sampling.items():
             getattr(self.params, name)[slot] = value
         self.counts[slot], self.limits[slot], self.alive[slot] = 0, limit, True
@@ -90,7 +100,7 @@ class SlotTable:
         self.end_ids[slot] = torch.tensor(ids, device=self.device)
         if sampling["repetition_penalty"] != 1:
             self.seen[slot] = False
-            self.seen[slot, torch.tensor(prompt, device=self.device)] = True
+            self.seen[slot, torch.tensor(tokens, device=self.device)] = True
 
     def end(self, slot: int) -> None:
         """Nothing more is generated in `slot`."""

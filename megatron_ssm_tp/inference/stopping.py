@@ -23,6 +23,11 @@ class StopCondition:
         self.end_ids, self._words, self._keep = end_ids, tuple(stop_words), keep_stop_word
         self._stream, self._seen, self._text = tokenizer.stream(), 0, ""
 
+    @property
+    def by_text(self) -> bool:
+        """Whether a text may end the answer, too."""
+        return bool(self._words)
+
     def ends(self, token_ids: Sequence[int]) -> bool:
         """Whether the answer, now these tokens, is over. Call it with every longer list."""
         if self._words:
