@@ -12,6 +12,7 @@ import bench_models
 import decode_bench
 import inference_report
 import measure
+import prefill_bench
 
 from megatron_ssm_tp.compat.cpu import megatron_on_cpu
 from megatron_ssm_tp.inference.distributed import tensor_parallel_groups
@@ -70,9 +71,10 @@ def prefill_error(raw: dict, layers: int | None, batch: int, length: int) -> flo
 
 def benched(raw: dict, arguments: list[str]) -> tuple[list[inference_report.Cell], list[str]]:
     """The cells and the notes of a model's benchmark."""
-    args = bench.read_args(["prefill", *arguments])
-    asked = bench.check(args, 2)._replace(models={"tiny": bench_models.read_model(raw, args.layers)})
-    made, cells = bench.Bench("tiny", asked, args, tensor_parallel_groups(None), CPU), []
+    with mock.patch.dict(bench_models.MODELS, {"tiny": raw}):
+        args = bench.read_args(["prefill", "--models", "tiny", *arguments])
+        asked = bench.check(args, 2)
+    made, cells = prefill_bench.PrefillBench("tiny", asked, args, tensor_parallel_groups(None), CPU), []
     with mock.patch.object(measure, "PASS_SECONDS", 0.01):
         made.run(cells)
     return inference_report.with_ratios(cells), made.notes

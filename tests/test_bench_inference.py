@@ -50,9 +50,23 @@ def test_cells_of_two_ranks(world):
     assert "of the host | 1x9  | 1x9 int8 | 2x4  | 2x4 int8 |" in shares and "| scan | " in shares
 
 
+@pytest.mark.parametrize("passes", ["halves", "x_proj"])
+def test_parts_of_passes_that_hide_sums(world, passes):
+    """Products whose sums are made elsewhere are parts all the same."""
+    arguments = ["--shapes", "2x40", "--passes", "whole", passes, "--recipes", "none", "--parts"]
+    whole, hiding = world(2).run(jobs.benched, jobs.FALCON, arguments)[0][0]
+    assert hiding.way == f"megatron_ssm_tp, {passes}" and whole.parts.keys() == hiding.parts.keys()
+    assert all(hiding.parts[part] > 0.1 * whole.parts[part] for part in ("in_proj", "x_proj", "out_proj", "reductions"))
+
+
 def test_a_norm_whose_sums_ride_is_a_part_and_its_product_another(world):
     cells, _ = world(2).run(jobs.benched, jobs.MAMBA2, ["--shapes", "1x9", "--recipes", "none", "--parts"])[0]
     assert {"gated norm", "out_proj", "reductions"} < cells[0].parts.keys()
+
+
+def run_tool(*arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, TOOL, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
 
 
 def test_the_whole_tool(tmp_path):
@@ -60,9 +74,7 @@ def test_the_whole_tool(tmp_path):
     config = tmp_path / "tiny" / "config.json"
     config.write_text(json.dumps(jobs.ZAMBA2))
     command = ["prefill", "--models", config, "--shapes", "2x5", "--layers", "2", "--json", tmp_path / "x.json"]
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", TOOL, *command], capture_output=True, text=True, timeout=100, check=False
-    )
+    done = run_tool(*command)
     assert done.returncode == 0, done.stderr
     assert re.match(r"\d{4}-\d\d-\d\d, ranks 1, backend gloo, device CPU ", done.stdout)
     report = json.loads((tmp_path / "x.json").read_text())
@@ -83,13 +95,39 @@ def test_the_whole_tool(tmp_path):
         (["--models", "zamba2-7b", "--layers", "6"], "--layers=6: is no part of this model's layers; legal: 7 to 81"),
         (["--dtype", "int8"], "--dtype='int8': cannot be run; legal: float32, bfloat16, float16"),
         (["--recipes", "int8"], "--recipes='int8': one rank reduces nothing"),
-        (["--recipes", "int9"], "recipe='int9': unknown format"),
+        (["--recipes", "int9"], "--recipes='int9': unknown format"),
         (["--json", "/nowhere/x"], "--json='/nowhere/x': cannot be written"),
+        (["--json", "/proc/x"], "--json='/proc/x': cannot be written"),
+        (["--plot", "x.xyz"], "--plot='x.xyz': is of no format that can be drawn; legal: .eps"),
+        (["--shapes", "²x8"], "--shapes='²x8': is no batch"),
+        (["--passes", "x_proj", "--models", "mamba2-2.7b"], "--passes='x_proj': mamba2-2.7b has no x_proj"),
     ],
 )
 def test_mistakes_in_options(arguments, message):
     with pytest.raises(UserError, match=re.escape(message)):
         bench.check(bench.read_args(["prefill", *arguments]), 1)
+
+
+def test_what_a_config_may_be(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder / "same").mkdir(parents=True)
+        (tmp_path / folder / "same" / "config.json").write_text(json.dumps(jobs.FALCON))
+    paths = [str(tmp_path / folder / "same" / "config.json") for folder in ("a", "b")]
+    asked = bench.check(bench.read_args(["decode", "--models", paths[0], "mamba-2.8b", paths[1]]), 1)
+    assert list(asked.models) == [paths[0], "mamba-2.8b", paths[1]]
+    assert list(bench.check(bench.read_args(["decode", "--models", paths[0]]), 1).models) == ["same"]
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(UserError, match=r"--models='.*config.json': holds no config"):
+        bench.check(bench.read_args(["decode", "--models", str(tmp_path / "config.json")]), 1)
+
+
+def test_ranks_that_cannot_share_a_model_leave_an_earlier_report_alone(tmp_path):
+    report = tmp_path / "x.json"
+    report.write_text("earlier")
+    with pytest.raises(UserError, match="--nproc-per-node=5"):
+        bench.check(bench.read_args(["prefill", "--json", str(report)]), 5)
+    assert run_tool("prefill", "--layers", "1", "--shapes", "1x1", "--dtype", "x", "--json", report).returncode == 2
+    assert report.read_text() == "earlier" and list(tmp_path.iterdir()) == [report]
 
 
 def test_the_models_are_those_of_the_checkpoints():

@@ -112,11 +112,11 @@ def test_a_combination_that_costs_more_than_its_parts_is_cut_back():
 def test_the_file_gives_each_site_its_recipe(tmp_path):
     x_proj = SITES[1].name
     choice = {SITES[0].name: Int4BlockScaling(block_size=32), x_proj: Int8BlockScaling(min_bytes=7)}
-    calibrate.write_recipes(tmp_path / "recipes.yaml", choice, ["a note: with a colon"])
+    (tmp_path / "recipes.yaml").write_text(calibrate.recipe_text(choice, ["a note: with a colon"]))
     book = RecipeBook.from_yaml_file(tmp_path / "recipes.yaml")
     assert {site: book.recipe_for(site) for site in choice} == choice
     assert book.recipe_for("decoder.layers.1.mixer.out_proj") is None
-    calibrate.write_recipes(tmp_path / "none.yaml", {}, [])
+    (tmp_path / "none.yaml").write_text(calibrate.recipe_text({}, []))
     assert RecipeBook.from_yaml_file(tmp_path / "none.yaml").recipe_for(x_proj) is None
 
 

@@ -9,10 +9,8 @@ for both, against the fused all-reduce. With gloo, on a CPU, only the tool itsel
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from time import perf_counter
 from typing import NamedTuple
 
@@ -21,8 +19,6 @@ import torch.distributed as dist
 from bench_ways import KINDS, Case, Result, Way, Ways
 from measure import (
     captured,
-    check_plot,
-    check_writable,
     conditions,
     in_words,
     largest,
@@ -32,6 +28,7 @@ from measure import (
     start,
     tried,
 )
+from report_files import check_reports, write_json, write_plot
 
 from megatron_ssm_tp.cli.console import Parser, guarded, is_speaker, say
 from megatron_ssm_tp.comm.recipes import Bf16
@@ -84,8 +81,7 @@ def check(args: argparse.Namespace) -> None:
             raise UserError("--ways", way, "unknown", ", ".join(KINDS))
     with renamed("--block-size"):
         Bf16(block_size=args.block_size)
-    check_writable("--json", args.json)
-    check_plot(args.plot)
+    check_reports(args.json, args.plot)
 
 
 def measure(way: Way, exact: Result, cell: Cell, device: torch.device, graphs: bool) -> list[Cell]:
@@ -222,7 +218,7 @@ def plot(cells: list[Cell], path: str, title: str) -> None:
         axis.set_title(f"hidden size {hidden}: {TITLES[table]}", fontsize=9)
         axis.legend(fontsize=7)
     figure.suptitle(title, fontsize=7, wrap=True)
-    figure.savefig(path, dpi=120)
+    write_plot(figure, path)
 
 
 def report(args: argparse.Namespace, found: dict[str, str], cells: list[Cell], missing: dict[str, str]) -> None:
@@ -230,7 +226,7 @@ def report(args: argparse.Namespace, found: dict[str, str], cells: list[Cell], m
     say(notes(cells, missing))
     if args.json:
         content = {"conditions": found, "missing": missing, "cells": [cell._asdict() for cell in cells]}
-        Path(args.json).write_text(json.dumps(content, indent=1) + "\n")
+        write_json(args.json, content)
     if args.plot:
         plot(cells, args.plot, in_words(found))
 

@@ -12,19 +12,16 @@ channels. The reference itself is timed where that does not take long.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from time import perf_counter
 from typing import NamedTuple
 
 import torch
+from bench_options import read_shape
 from measure import (
     captured,
-    check_plot,
-    check_writable,
     conditions,
     in_words,
     markdown,
@@ -34,6 +31,7 @@ from measure import (
 )
 from op_cases import FUNCTIONS, Case, Given, as_packed, call, draw, exact, ours, relative, rival
 from op_floor import Floor, bytes_of, floor_of, special_functions
+from report_files import check_reports, write_json, write_plot
 
 from megatron_ssm_tp.cli.console import Parser, guarded, say
 from megatron_ssm_tp.errors import UserError
@@ -100,8 +98,7 @@ def read_cases(args: argparse.Namespace) -> list[Case]:
         value = getattr(args, option)
         if value is not None and value <= 0:
             raise UserError(f"--{option}", value, "bounds nothing", "more than 0")
-    check_writable("--json", args.json)
-    check_plot(args.plot)
+    check_reports(args.json, args.plot)
     prompts = [_lengths(text) for text in args.shapes]
     cases = []
     for op in args.ops:
@@ -112,10 +109,8 @@ def read_cases(args: argparse.Namespace) -> list[Case]:
 
 
 def _lengths(text: str) -> tuple[int, ...]:
-    batch, _, length = text.partition("x")
-    if not (batch.isdigit() and length.isdigit() and int(batch) and int(length)):
-        raise UserError("--shapes", text, "is no batch of prompts", "prompts x tokens, such as 8x2048")
-    return (int(length),) * int(batch)
+    batch, length = read_shape(text)
+    return (length,) * batch
 
 
 # --- Measuring ------------------------------------------------------------------------------------------------------
@@ -238,7 +233,7 @@ def plot(rows: list[Row], path: str, title: str) -> None:
     axis.set(xlabel="time by the floor's")
     axis.legend(fontsize=7)
     figure.suptitle(title, fontsize=7, wrap=True)
-    figure.savefig(path, dpi=120)
+    write_plot(figure, path)
 
 
 def report(args: argparse.Namespace, found: dict[str, str], floor: Floor, rows: list[Row]) -> None:
@@ -249,7 +244,7 @@ def report(args: argparse.Namespace, found: dict[str, str], floor: Floor, rows: 
             for row in rows
         ]
         content = {"conditions": found, "floor": floor.words, "rows": listed}
-        Path(args.json).write_text(json.dumps(content, indent=1) + "\n")
+        write_json(args.json, content)
     if args.plot:
         plot(rows, args.plot, f"{in_words(found)}. {floor.words}")
 

@@ -9,18 +9,16 @@ the others, and put in the file only with --x-proj.
 """
 
 import argparse
-import json
 import math
 import re
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 import yaml
-from measure import check_plot, check_writable, markdown
+from measure import markdown
 from quality import (
     Score,
     Setting,
@@ -31,9 +29,11 @@ from quality import (
     parser,
     sites_of,
 )
+from report_files import check_reports, write_json, write_plot
 
 from megatron_ssm_tp import UserError
 from megatron_ssm_tp.cli.console import guarded, is_speaker, say
+from megatron_ssm_tp.cli.files import check_writable, write_whole
 from megatron_ssm_tp.comm.recipe_book import X_PROJ, RecipeBook
 from megatron_ssm_tp.comm.recipes import RECIPE_NAMES, AllReduceRecipe, recipe_by_name
 from megatron_ssm_tp.errors import renamed
@@ -103,10 +103,10 @@ def book_of(choice: Choice) -> RecipeBook:
     return RecipeBook.from_config_dict(config_of(choice))
 
 
-def write_recipes(path: Path, choice: Choice, notes: list[str]) -> None:
+def recipe_text(choice: Choice, notes: list[str]) -> str:
     """A file for --tp-allreduce-cfg, its `notes` in comments at the top."""
     comments = "".join(f"# {note}\n" for note in notes)
-    path.write_text(comments + yaml.safe_dump(config_of(choice), sort_keys=False))
+    return comments + yaml.safe_dump(config_of(choice), sort_keys=False)
 
 
 def measure_moves(model: SSMModel, setting: Setting, sites: list[Site], recipes: list[AllReduceRecipe]) -> list[Move]:
@@ -135,9 +135,8 @@ def read_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def recipes_of(args: argparse.Namespace) -> list[AllReduceRecipe]:
     """Raises UserError: anything that would fail only after the work."""
-    for option in ("out", "json"):
-        check_writable(f"--{option}", getattr(args, option))
-    check_plot(args.plot)
+    check_writable("--out", args.out)
+    check_reports(args.json, args.plot)
     if not args.budget > 0 or math.isinf(args.budget):
         raise UserError("--budget", args.budget, "no budget", "a number above 0, in nats a token")
     for name in args.recipe:
@@ -166,11 +165,11 @@ def run(args: argparse.Namespace) -> None:
     if is_speaker():
         say(f"{setting.conditions}\n\n{table(moves, choice)}\n\n" + "\n".join(notes[1:]))
         if args.out:
-            write_recipes(Path(args.out), choice, notes)
+            write_whole("--out", args.out, recipe_text(choice, notes))
         if args.plot:
             plot(moves, args.plot, setting.conditions.split(";")[0])
         if args.json:
-            Path(args.json).write_text(json.dumps(report(notes, moves, choice, damage, wire), indent=2) + "\n")
+            write_json(args.json, report(notes, moves, choice, damage, wire), indent=2)
     dist.destroy_process_group()
 
 
@@ -229,7 +228,7 @@ def plot(moves: list[Move], path: str, title: str) -> None:
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_title(title, fontsize=8)
     axes.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
+    write_plot(figure, path)
 
 
 if __name__ == "__main__":

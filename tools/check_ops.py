@@ -28,8 +28,8 @@ from megatron_ssm_tp.errors import UserError
 
 FLOAT, HALF = torch.float32, torch.bfloat16
 # How far y may be off, in norm and in the worst value. Kernels compute some decays to 3e-6, and a state remembers
-# hundreds of tokens; bfloat16 rounds by up to 2^-9. States are float32, or inputs as they were.
-LIMITS = {FLOAT: (5e-5, 5e-4), HALF: (3e-3, 2**-7)}
+# hundreds of tokens; bfloat16 rounds by up to 2^-9, float16 by 2^-12. States are float32, or inputs as they were.
+LIMITS = {FLOAT: (5e-5, 5e-4), HALF: (3e-3, 2**-7), torch.float16: (4e-4, 2**-10)}
 WORSE_THAN_RIVAL = 1.1
 ENOUGH_VALUES = 4096  # below it, chance decides whose rounding is the luckier
 EDGES = (1, 2, 3, 7, 8, 9, 31, 33, 63, 64, 65, 95, 97, 127, 129, 255, 257, 513, 1000, 1023, 1025, 2049, 4097)
@@ -107,6 +107,15 @@ def all_work() -> Iterator[Work]:
             yield Work(Case("scan step", (1,) * requests, channels, d_state, dtype, initial=True))
             yield Work(Case("conv step", (1,) * requests, channels, 4, dtype, initial=True))
         yield from _splits(dtype)
+    for dtype in (HALF, torch.float16):
+        for channels in (8192, 8200):
+            yield Work(Case("conv", (1000, 24), channels, 4, dtype))
+    for lengths in ((1,), (63,), (513, 20), (4097,)):
+        yield Work(Case("scan", lengths, 256, dtype=torch.float16))
+        yield Work(Case("conv", lengths, 256, 4, torch.float16))
+    for requests in (1, 8):
+        yield Work(Case("scan step", (1,) * requests, 512, dtype=torch.float16, initial=True))
+        yield Work(Case("conv step", (1,) * requests, 512, 4, torch.float16, initial=True))
 
 
 def _splits(dtype: torch.dtype) -> Iterator[Work]:

@@ -5,22 +5,23 @@ the time to read the weights once, and to read and write the states, at the memo
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from functools import partial
 from itertools import product
-from pathlib import Path
 from time import perf_counter
 from typing import NamedTuple
 
 import torch
 from bench_models import MambaSsm, Ours, draw_tokens, free_memory, recipes_of, rival_of
+from bench_options import Asked, add_common, check_counts, check_pure_ssm, read_dtype
 from inference_report import OURS, RIVAL
 from measure import largest, markdown, tried
 from megatron.core.process_groups_config import ProcessGroupCollection
+from report_files import write_json
 
 from megatron_ssm_tp.cli.console import is_speaker, say
+from megatron_ssm_tp.config import DTYPES
 from megatron_ssm_tp.inference.decoder import Decoder
 from megatron_ssm_tp.inference.modes import inference_active
 from megatron_ssm_tp.inference.sampling import SamplingNeeds
@@ -31,6 +32,40 @@ BURST, BURSTS = 32, 5
 BYTES_PER_SECOND = 3.0e12  # an H100's memory
 _UNENDING = 1 << 40  # tokens
 _PROMPT, _SHORT, _LONG = 16, 33, 161  # tokens: of mamba-ssm's prompt, and of two answers whose difference is timed
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64], metavar="N", help="requests (1 8 64)")
+    parser.add_argument(
+        "--ssm-dtypes", nargs="+", default=["float32"], metavar="DTYPE", help=f"of states: {', '.join(DTYPES)}"
+    )
+    parser.add_argument("--no-graphs", action="store_true", help="launch every kernel instead of replaying graphs")
+    add_common(parser)
+
+
+def check(args: argparse.Namespace, asked: Asked) -> None:
+    """Raises UserError: anything that would fail only later."""
+    check_pure_ssm(asked)
+    check_counts("--batches", args.batches, "requests")
+    for dtype in args.ssm_dtypes:
+        read_dtype("--ssm-dtypes", dtype)
+
+
+def run(
+    args: argparse.Namespace,
+    asked: Asked,
+    groups: ProcessGroupCollection,
+    device: torch.device,
+    found: dict[str, str],
+) -> None:
+    """Measure and report, what there is of it, if it is interrupted too."""
+    cells: list[DecodeCell] = []
+    try:
+        for name in asked.models:
+            DecodeBench(name, asked, args, groups, device).run(cells)
+    finally:
+        if cells and is_speaker():
+            report_decode(args, found, cells)
 
 
 class DecodeCell(NamedTuple):
@@ -130,23 +165,13 @@ def decode_table(cells: list[DecodeCell]) -> str:
 
 
 class DecodeBench:
-    """All that is measured of one model's steps.
-
-    Args:
-        asked: bench_inference.Asked.
-        args: batches, recipes, no_graphs.
-    """
+    """All that is measured of one model's steps."""
 
     def __init__(
-        self,
-        name: str,
-        asked: NamedTuple,
-        args: argparse.Namespace,
-        groups: ProcessGroupCollection,
-        device: torch.device,
+        self, name: str, asked: Asked, args: argparse.Namespace, groups: ProcessGroupCollection, device: torch.device
     ) -> None:
         self.name, (self.config, self.whole) = name, asked.models[name]
-        self.dtype, self.ssm_dtypes = asked.dtype, asked.ssm_dtypes
+        self.dtype, self.ssm_dtypes = asked.dtype, [getattr(torch, dtype) for dtype in args.ssm_dtypes]
         self.args, self.groups, self.device = args, groups, device
 
     def run(self, cells: list[DecodeCell]) -> None:
@@ -189,4 +214,4 @@ def report_decode(args: argparse.Namespace, found: dict[str, str], cells: list[D
         say(f"Not measured: {cell.model}, {cell.way}, {cell.batch}: {cell.note}")
     if args.json:
         content = {"conditions": found, "layers": args.layers, "cells": [cell._asdict() for cell in cells]}
-        Path(args.json).write_text(json.dumps(content, indent=1) + "\n")
+        write_json(args.json, content)

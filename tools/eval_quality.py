@@ -7,13 +7,12 @@ whose all-reduces are Megatron's, and with the plain model in float32.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from measure import check_writable, markdown
+from measure import markdown
 from quality import (
     Books,
     Score,
@@ -23,6 +22,7 @@ from quality import (
     parser,
     sites_of,
 )
+from report_files import check_reports, write_json
 
 from megatron_ssm_tp.cli.console import guarded, is_speaker, say
 from megatron_ssm_tp.comm.recipe_book import RecipeBook
@@ -48,7 +48,7 @@ def read_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def books_of(args: argparse.Namespace) -> Books:
     """The rows of the table, the plain model's first. Raises UserError: an unknown recipe, a file that is wrong."""
-    check_writable("--json", args.json)
+    check_reports(args.json)
     books: dict[str, RecipeBook | None] = {PLAIN: None}
     for name in args.recipes:
         with renamed(lambda field: "--block-size" if field == "block_size" else "--recipes"):
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
     say(f"{setting.conditions}\n")
     say(markdown(HEADER + (TO_EXACT if exact is not None else []) + BYTES, rows))
     if args.json and is_speaker():
-        Path(args.json).write_text(json.dumps(report(setting.conditions, found, wire), indent=2) + "\n")
+        write_json(args.json, report(setting.conditions, found, wire), indent=2)
     dist.destroy_process_group()
 
 

@@ -1,12 +1,11 @@
 """What bench_inference.py has measured: cells, ratios, Markdown, JSON, picture."""
 
 import argparse
-import json
-from pathlib import Path
 from typing import NamedTuple
 
 from layer_parts import PARTS
 from measure import in_words, markdown
+from report_files import write_json, write_plot
 
 from megatron_ssm_tp.cli.console import say
 
@@ -95,7 +94,7 @@ def plot(cells: list[Cell], path: str, title: str) -> None:
         axis.set(xlabel="prompts x tokens", ylabel="tokens/s", title=model)
         axis.legend(fontsize=7)
     figure.suptitle(title, fontsize=7, wrap=True)
-    figure.savefig(path, dpi=120)
+    write_plot(figure, path)
 
 
 def report(args: argparse.Namespace, found: dict[str, str], cells: list[Cell], notes: dict[str, list[str]]) -> None:
@@ -113,6 +112,6 @@ def report(args: argparse.Namespace, found: dict[str, str], cells: list[Cell], n
     if args.json:
         listed = [cell._asdict() | {"tokens_per_second": cell.tokens_per_second} for cell in cells]
         content = {"conditions": found, "layers": args.layers, "notes": notes, "cells": listed}
-        Path(args.json).write_text(json.dumps(content, indent=1) + "\n")
+        write_json(args.json, content)
     if args.plot:
         plot(cells, args.plot, in_words(found))

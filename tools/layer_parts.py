@@ -23,6 +23,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from megatron_ssm_tp.comm import mappings
 from megatron_ssm_tp.layers import layer as layer_module
 from megatron_ssm_tp.layers.attention import Attention
+from megatron_ssm_tp.layers.mamba1_mixer import Mamba1Mixer
 from megatron_ssm_tp.layers.mixer import SSMMixer
 from megatron_ssm_tp.layers.mlp import MLP
 from megatron_ssm_tp.layers.shared_block import SharedBlock
@@ -62,13 +63,17 @@ def _places(model: nn.Module) -> Iterator[tuple[Any, str, str]]:
         if isinstance(module, SSMMixer):
             yield module, "ssm_prefill", "scan"
             yield module, "ssm_decode", "scan"
+            yield module, "project", "in_proj"
+            yield module.out_proj, "_forward_impl", "out_proj"  # taken apart from its sum, it is not called as a whole
             yield from (
                 (child, "forward", _CHILDREN[name]) for name, child in module.named_children() if name in _CHILDREN
             )
             if module.last_linear is None:  # a norm whose sums travel with out_proj's product
                 yield module.norm, "packed_product", "gated norm"
                 yield module.norm, "unpack", "gated norm"
-                yield module.out_proj, "_forward_impl", "out_proj"
+        if isinstance(module, Mamba1Mixer):
+            yield module.x_proj, "_forward_impl", "x_proj"
+            yield module, "_x_proj_beside_z", "in_proj"
 
 
 @contextmanager

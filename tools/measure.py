@@ -1,7 +1,6 @@
 """What the tools that time and check share: ranks, conditions, timing, bits; and how every tool prints."""
 
 import gc
-import importlib.util
 import os
 import subprocess
 import traceback
@@ -16,7 +15,6 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from megatron_ssm_tp.cli.console import is_speaker
 from megatron_ssm_tp.comm import symmetric
 from megatron_ssm_tp.errors import UserError
 from megatron_ssm_tp.ranks import lost_peers_reported
@@ -281,22 +279,6 @@ def same_bits(x: torch.Tensor) -> bool:
 
 
 # --- Output ---------------------------------------------------------------------------------------------------------
-
-
-def check_writable(option: str, path: str | None) -> None:
-    """Raises UserError, before the work, for what could only fail after it."""
-    if path is None or not is_speaker():
-        return
-    file = Path(path)
-    if not file.name or file.is_dir() or not os.access(file.parent, os.W_OK):
-        raise UserError(option, path, "cannot be written", "a file in a folder that can be written to")
-
-
-def check_plot(path: str | None) -> None:
-    """As check_writable, of --plot."""
-    check_writable("--plot", path)
-    if path and importlib.util.find_spec("matplotlib") is None:
-        raise UserError("--plot", path, "matplotlib is not installed", "pip install matplotlib, or no --plot")
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:

@@ -21,7 +21,6 @@ import torch
 import torch.distributed as dist
 from measure import (
     captured,
-    check_writable,
     conditions,
     in_words,
     prepare_symmetric,
@@ -32,6 +31,7 @@ from measure import (
 
 from megatron_ssm_tp import UserError
 from megatron_ssm_tp.cli.console import Parser, guarded, is_speaker, say
+from megatron_ssm_tp.cli.files import check_writable
 from megatron_ssm_tp.comm import symmetric
 from megatron_ssm_tp.comm.recipes import RECIPE_NAMES, AllReduceRecipe, recipe_by_name
 from megatron_ssm_tp.comm.tuning import TABLE, Launch, Row, table, write

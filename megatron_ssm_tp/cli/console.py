@@ -1,9 +1,12 @@
 """Who speaks and how a run ends: rank 0 alone prints, every rank exits with the same kind of status."""
 
 import argparse
+import faulthandler
 import os
+import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -45,6 +48,15 @@ def fail(message: str, of_one_rank: bool = False) -> NoReturn:
     else:
         time.sleep(_LET_RANK_0_SPEAK)
     leave(USER_ERROR)
+
+
+def quieted() -> None:
+    """Leave what Megatron says while it runs, and its stack dumps, to those who develop it. Call it once all that
+    imports Megatron's engines is imported."""
+    warnings.filterwarnings("ignore")
+    warnings.filterwarnings("default", message="all-reduces are quantized")  # ours: by the slower backend
+    for number in (signal.SIGINT, signal.SIGTERM):
+        faulthandler.unregister(number)  # Megatron's coordinator registers a dump for both when it is imported
 
 
 class Parser(argparse.ArgumentParser):

@@ -1,14 +1,10 @@
 """`generate`: text as it comes, then its speed."""
 
 import argparse
-import faulthandler
 import json
-import os
-import signal
 import statistics
 import sys
 import time
-import warnings
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, replace
@@ -16,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
-from .console import is_speaker, say
+from .console import is_speaker, quieted, say
+from .files import check_writable, write_whole
 
 if TYPE_CHECKING:
     from ..comm.recipe_book import RecipeBook
@@ -96,10 +93,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def _read_inputs(args: argparse.Namespace) -> list[str]:
     """The prompts; also finds out what would fail only after the work."""
     prompts = list(args.prompt or [])
-    if args.json not in (None, STDOUT) and is_speaker():
-        file = Path(args.json)
-        if not file.name or file.is_dir() or not os.access(file.parent, os.W_OK):
-            raise UserError("json", args.json, "cannot be written", "a file in a folder that can be written to")
+    if args.json != STDOUT:
+        check_writable("json", args.json)
     if args.prompt_file is not None:
         try:
             lines = Path(args.prompt_file).read_text(encoding="utf-8-sig").replace("\r\n", "\n").split("\n")
@@ -139,10 +134,7 @@ def run(args: argparse.Namespace) -> None:
     from ..inference.distributed import join
     from ..ranks import agree
 
-    warnings.filterwarnings("ignore")  # what Megatron says while it runs is for those who develop it
-    warnings.filterwarnings("default", message="all-reduces are quantized")  # ours: by the slower backend
-    for number in (signal.SIGINT, signal.SIGTERM):
-        faulthandler.unregister(number)  # Megatron's coordinator registers a stack dump for both when it is imported
+    quieted()
     _, groups = join(args.tensor_model_parallel_size)
     prompts = agree(lambda: _read_inputs(args), groups.tp)
     sampled = bool(args.top_k or args.top_p)
@@ -233,7 +225,7 @@ def _report(args: argparse.Namespace, llm: "LLM", outputs: list["GenerationOutpu
     if args.json == STDOUT:
         say(json.dumps(report))
     elif is_speaker():
-        _write_whole(Path(args.json), json.dumps(report, indent=1))
+        write_whole("json", args.json, json.dumps(report, indent=1))
 
 
 def _ops_in_use(llm: "LLM") -> dict[str, str]:
@@ -256,17 +248,6 @@ def _recipes_in_force(args: argparse.Namespace, llm: "LLM") -> dict[str, object]
         "min_bytes": args.tp_allreduce_min_bytes,
         "sites": dict(Counter("none" if recipe is None else recipe.name for recipe in found)),
     }
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """All of the file or none of it."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError("json", str(path), f"cannot be written ({error})", "a file that can be written") from error
 
 
 def _leave_group() -> None:

@@ -1,0 +1,33 @@
+"""Files that a command writes when its work is done."""
+
+import tempfile
+from pathlib import Path
+
+from ..errors import UserError
+from .console import is_speaker
+
+
+def check_writable(field: str, path: str | None) -> None:
+    """Raises UserError, before the work, for what could only fail after it; on rank 0, which writes."""
+    if path is None or not is_speaker():
+        return
+    file, legal = Path(path), "a file in a folder that can be written to"
+    if not file.name or (file.exists() and not file.is_file()):
+        raise UserError(field, path, "cannot be written", legal)
+    try:
+        with tempfile.TemporaryFile(dir=file.parent):
+            pass
+    except OSError as error:
+        raise UserError(field, path, f"cannot be written ({error.strerror})", legal) from None
+
+
+def write_whole(field: str, path: str, text: str) -> None:
+    """All of the file or none of it. Raises UserError: it cannot be written after all."""
+    file = Path(path)
+    partial = file.with_name(file.name + ".partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(file)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(field, path, f"cannot be written ({error})", "a file that can be written") from error

@@ -1,0 +1,161 @@
+"""What bench_inference.py prefill measures: a forward pass over prompts packed end to end, as the engine makes it."""
+
+import argparse
+import sys
+from itertools import product
+
+import torch
+from bench_models import MambaSsm, Ours, Pass, differences, free_memory, recipes_of, rival_of
+from bench_options import Asked, add_common, check_pure_ssm, read_shape
+from inference_report import OURS, RIVAL, Cell, report, with_ratios
+from layer_parts import OUTSIDE, seconds_by_part
+from measure import largest, pass_seconds, tried, version_of
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_ssm_tp.cli.console import is_speaker
+from megatron_ssm_tp.config import Mamba1Config
+from megatron_ssm_tp.errors import UserError
+from megatron_ssm_tp.layers.overlap import HALVES, X_PROJ, set_overlap
+from megatron_ssm_tp.layers.row_parallel import set_recipes
+
+WHOLE = "whole"
+PASSES = (WHOLE, HALVES, X_PROJ)
+_PROFILED = 2  # passes
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--shapes", nargs="+", default=["1x8192", "8x2048"], metavar="PROMPTSxTOKENS")
+    passes = "whole, in two halves of the tokens of which one's sums travel while the other's products run, or with"
+    parser.add_argument(
+        "--passes",
+        nargs="+",
+        default=[WHOLE],
+        metavar="PASSES",
+        help=f"{', '.join(PASSES)}: {passes} x_proj's sums travelling while z is computed",
+    )
+    parser.add_argument("--plot", metavar="FILE", help="tokens a second, as a picture")
+    parser.add_argument("--parts", action="store_true", help="a layer's time by part, from the profiler")
+    add_common(parser)
+
+
+def check(args: argparse.Namespace, asked: Asked) -> None:
+    """Raises UserError: anything that would fail only later."""
+    for text in args.shapes:
+        read_shape(text)
+    for passes in args.passes:
+        if passes not in PASSES:
+            raise UserError("--passes", passes, "is no way to make a pass", ", ".join(PASSES))
+    if HALVES in args.passes:
+        check_pure_ssm(asked)
+    for title, (config, _) in asked.models.items():
+        if X_PROJ in args.passes and not isinstance(config.mixer, Mamba1Config):
+            raise UserError("--passes", X_PROJ, f"{title} has no x_proj", f"{WHOLE}, {HALVES}")
+
+
+def run(
+    args: argparse.Namespace,
+    asked: Asked,
+    groups: ProcessGroupCollection,
+    device: torch.device,
+    found: dict[str, str],
+) -> None:
+    """Measure and report, what there is of it, if it is interrupted too."""
+    cells: list[Cell] = []
+    notes: dict[str, list[str]] = {}
+    try:
+        for name in asked.models:
+            bench = PrefillBench(name, asked, args, groups, device)
+            notes[name] = bench.notes
+            bench.run(cells)
+    finally:
+        if cells and is_speaker():
+            report(args, found, with_ratios(cells), notes)
+
+
+class PrefillBench:
+    """All that is measured of one model, appended to `cells`, so that what was measured before an error is there."""
+
+    def __init__(
+        self, name: str, asked: Asked, args: argparse.Namespace, groups: ProcessGroupCollection, device: torch.device
+    ) -> None:
+        self.name, self.asked, self.args, self.groups, self.device = name, asked, args, groups, device
+        self.shapes = [read_shape(text) for text in args.shapes]
+        self.config, self.whole = asked.models[name]
+        self.notes: list[str] = []
+
+    def run(self, cells: list[Cell]) -> None:
+        free_memory()
+        ours = Ours(self.config, self.groups, self.device, self.asked.dtype, max(length for _, length in self.shapes))
+        here = ours.parameters_here
+        self.notes.append(f"{len(self.config.layers)} of {self.whole} layers, {here / 1e9:.3g} B parameters a rank")
+        for shape in self.shapes:
+            cells += self._shape(ours, shape)
+        del ours
+        cells += self._rival()
+        free_memory()
+
+    def _shape(self, ours: Ours, shape: tuple[int, int]) -> list[Cell]:
+        blank, found = Cell(self.name, OURS, *shape), []
+        free_memory()
+        passing, note = tried(lambda: ours.prefill(*shape), self.device)
+        if passing is None:
+            return [blank._replace(note=note)]
+        for recipe, passes in product(self.args.recipes, self.args.passes):
+            set_recipes(ours.model, recipes_of(recipe))
+            overlap, tokens = (HALVES, None) if passes == WHOLE else (passes, 2)
+            set_overlap(ours.model, overlap, tokens)
+            chosen = [word for word in (recipe, passes) if word not in ("none", WHOLE)]
+            cell = self._timed(ours, passing, blank._replace(way=", ".join([blank.way, *chosen])))
+            if self.args.parts and cell.ms:
+                cell = cell._replace(parts=self._parts(ours, passing))
+            found.append(cell)
+        set_recipes(ours.model, None)
+        set_overlap(ours.model, HALVES, None)
+        return found
+
+    def _rival(self) -> list[Cell]:
+        theirs, missing = rival_of(self.config, self.groups, self.device, self.asked.dtype)
+        if theirs is None:
+            self.notes.append(f"{RIVAL} is not measured: {missing}")
+            return []
+        self.notes.append(f"{RIVAL} {version_of('mamba-ssm')}: " + "; ".join(differences(self.config)))
+        found = []
+        for shape in self.shapes:
+            found.append(self._timed(theirs, theirs.prefill(*shape), Cell(self.name, RIVAL, *shape)))
+            free_memory()
+        return found
+
+    def _timed(self, model: Ours | MambaSsm, passing: Pass, cell: Cell) -> Cell:
+        """The cell with its times and memory; what fails is a note."""
+        on_gpu = self.device.type == "cuda"
+
+        def measured() -> tuple[float, float, float, float]:
+            if not passing.run().isfinite().all():
+                raise ArithmeticError("logits are not finite")
+            if on_gpu:
+                torch.cuda.reset_peak_memory_stats()
+            whole, host = pass_seconds(passing.run, self.device, passing.refresh)
+            peak = largest(torch.cuda.max_memory_allocated() if on_gpu else 0.0, self.device)
+            with model.without_layers():
+                around = pass_seconds(passing.run, self.device, passing.refresh).whole
+            return whole, host, peak, around
+
+        result, note = tried(measured, self.device)
+        if is_speaker():  # a run that ends early has shown what it had measured
+            found = note if result is None else f"{result[0] * 1e3:.2f} ms"
+            print(f"{cell.model}, {cell.way}, {cell.batch}x{cell.length}: {found}", file=sys.stderr, flush=True)
+        if result is None:
+            return cell._replace(note=note)
+        whole, host, peak, around = result
+        layer = (whole - around) / len(self.config.layers)
+        return cell._replace(
+            ms=(around + layer * self.whole) * 1e3,
+            layer_ms=layer * 1e3,
+            host_ms=host * 1e3,
+            peak_gb=peak / 1e9 if on_gpu else None,
+        )
+
+    def _parts(self, ours: Ours, passing: Pass) -> dict[str, float]:
+        seconds = seconds_by_part(ours.model, passing.run, self.device, _PROFILED)
+        layers = len(self.config.layers)
+        return {part: taken * 1e3 / (1 if part == OUTSIDE else layers) for part, taken in seconds.items()}
