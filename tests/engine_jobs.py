@@ -13,10 +13,12 @@ from megatron.core.inference.sampling_params import SamplingParams
 from megatron_ssm_tp import Bf16, Int8BlockScaling, RecipeBook, UserError, allreduce_autocast
 from megatron_ssm_tp.comm import backends, mappings
 from megatron_ssm_tp.inference.engine import SlotEngine
+from megatron_ssm_tp.inference.passes import PROMPTS, TOKENS, Passes
 from megatron_ssm_tp.inference.prefix_cache import PrefixCache
 from megatron_ssm_tp.inference.requests import Limits, Progress, Request, read_params
 from megatron_ssm_tp.inference.running import Bursts
 from megatron_ssm_tp.inference.sampling import RowParams
+from megatron_ssm_tp.inference.small_sums import SmallSums
 from megatron_ssm_tp.layers.row_parallel import set_recipes
 
 LIMITS = {"max_requests": 3, "max_tokens": 32, "max_sequence_length": 512}
@@ -34,6 +36,23 @@ def answers(path: Path, prompts: list[list[int]], counts: list[int], bursts: dic
     found = engine.generate(requests)
     assert sorted(engine.free_slots) == [0, 1, 2] and not engine.has_unfinished and not engine.table.alive.any()
     return [found[index].token_ids for index in range(len(prompts))]
+
+
+def answers_of_padded_passes(path: Path, prompts: list[list[int]], counts: list[int]) -> tuple[list[list[int]], set]:
+    """As graphs have them, but launched; and the sizes that there were."""
+    engine = jobs.llm(path, bursts=Bursts(longest=3, ahead=1), **LIMITS).engine
+    engine.passes, sizes = Passes(engine.model, engine.table, SmallSums(engine.model, engine.table.device), None), set()
+
+    def padded(parts, count):
+        tokens = sum(len(tokens) for _, tokens in parts)
+        size = next(n for n in TOKENS if n >= tokens), next(n for n in PROMPTS if n >= len(parts))
+        sizes.add(size)
+        return engine.passes.padded(parts, count, *size)
+
+    with mock.patch.object(engine.passes, "logits", padded):
+        requests = [request_of(prompt, count) for prompt, count in zip(prompts, counts, strict=True)]
+        found = engine.generate(requests)
+    return [found[index].token_ids for index in range(len(prompts))], sizes
 
 
 def arriving(path: Path, prompts: list[list[int]], counts: list[int], bursts: dict, seed: int) -> dict[int, list[int]]:
@@ -163,7 +182,7 @@ def recipes_of_decoding(path: Path, asked: str) -> list[str]:
         set_recipes(model.model, Int8BlockScaling(block_size=16))
     try:
         with (
-            mock.patch.object(engine.decoder, "_unasked", RecipeBook.everywhere(Bf16())),
+            mock.patch.object(engine.decoder._sums, "_unasked", RecipeBook.everywhere(Bf16())),
             mock.patch.object(mappings, "all_reduce", noting),
             contexts.get(asked, nullcontext()),
         ):

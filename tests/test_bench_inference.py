@@ -242,6 +242,15 @@ def test_steps_of_decoding(world):
         assert words == shown
 
 
+def test_decode_as_a_command(tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(jobs.FALCON))
+    done = run_tool("decode", "--models", config, "--batches", "2", "--layers", "1", "--json", tmp_path / "x.json")
+    assert done.returncode == 0, done.stderr
+    [cell] = json.loads((tmp_path / "x.json").read_text())["cells"]
+    assert cell["batch"] == 2 and f"| 2 | {cell['seconds'] * 1e3:.3f} |" in done.stdout
+
+
 def test_a_table_of_steps_has_ratios_to_the_rivals():
     cells = [
         decode_bench.DecodeCell("m", "ours", 1, 0.004, 0.001, 0.003),

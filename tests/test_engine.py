@@ -31,6 +31,16 @@ def test_tokens_are_hugging_faces_however_often_the_host_looks(world, tiny, fami
 
 
 @TP
+@FAMILY
+def test_padded_passes_are_those_of_their_tokens(world, tiny, family, tp):
+    """Passes of one prompt, of several, and of parts of long ones, padded to a few sizes."""
+    model, prompts = tiny(family), prompts_of(LENGTHS)
+    expected = [model.greedy(prompt, count) for prompt, count in zip(prompts, COUNTS, strict=True)]
+    for found, sizes in world(tp).run(jobs.answers_of_padded_passes, model.path, prompts, list(COUNTS)):
+        assert found == expected and {(32, 1), (32, 4), (16, 1)} <= sizes
+
+
+@TP
 @pytest.mark.parametrize("seed", range(4))
 def test_requests_come_and_go(world, tiny, seed, tp):
     model, prompts = tiny("falcon_mamba"), prompts_of(LENGTHS)

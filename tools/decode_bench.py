@@ -23,9 +23,11 @@ from report_files import write_json
 from megatron_ssm_tp.cli.console import is_speaker, say
 from megatron_ssm_tp.config import DTYPES
 from megatron_ssm_tp.inference.decoder import Decoder
+from megatron_ssm_tp.inference.graphs import Graphs
 from megatron_ssm_tp.inference.modes import inference_active
 from megatron_ssm_tp.inference.sampling import SamplingNeeds
 from megatron_ssm_tp.inference.slots import SlotTable
+from megatron_ssm_tp.inference.small_sums import SmallSums
 from megatron_ssm_tp.layers.row_parallel import set_recipes
 
 BURST, BURSTS = 32, 5
@@ -90,7 +92,8 @@ def decode_ours(ours: Ours, batch: int, ssm_dtype: torch.dtype, graphs: bool) ->
     for slot in range(batch):
         table.begin(slot, [0], sampling, _UNENDING, [])
     table.next_token[:batch] = draw_tokens(batch, 1, ours.config.vocab_size)[:, 0].to(parameter.device)
-    decoder, found = Decoder(ours.model, table, BURST, graphs), []
+    sums = SmallSums(ours.model, parameter.device)
+    decoder, found = Decoder(ours.model, table, BURST, sums, Graphs(parameter.device) if graphs else None), []
 
     def burst() -> tuple[float, float]:
         begin = perf_counter()

@@ -16,14 +16,16 @@ import torch
 from megatron.core.inference.engines import AbstractEngine
 
 from ..layers.model import SSMModel
-from ..layers.pass_context import Counts, PassContext, Slots
 from .conversation import ConversationState
-from .decoder import Decoder, Emitted, to_device
+from .decoder import Decoder, Emitted
+from .graphs import Graphs
 from .modes import OneRun, inference_active
+from .passes import Passes
 from .prefix_cache import PrefixCache
 from .requests import Progress, Request
 from .running import Bursts, Running, needs_of
 from .slots import SlotTable
+from .small_sums import SmallSums
 
 
 class SlotEngine(OneRun, AbstractEngine):
@@ -51,8 +53,10 @@ class SlotEngine(OneRun, AbstractEngine):
         super().__init__()
         self.model, self.table, self.max_tokens, self.prefixes = model, table, max_tokens, prefixes
         self.bursts = bursts or Bursts.on(table.device)
-        graphs = self.bursts.graphs and table.device.type == "cuda"
-        self.decoder = Decoder(model, table, self.bursts.longest, graphs)
+        graphs = Graphs(table.device) if self.bursts.graphs and table.device.type == "cuda" else None
+        sums = SmallSums(model, table.device)
+        self.passes = Passes(model, table, sums, graphs)
+        self.decoder = Decoder(model, table, self.bursts.longest, sums, graphs)
         self._seed, self._ordinals = seed, itertools.count()
         self._unfinished: dict[
             int, Running
@@ -169,7 +173,7 @@ class SlotEngine(OneRun, AbstractEngine):
     def _pass_over(self, parts: list[tuple[Running, Sequence[int]]]) -> None:
         # Only of the last may a part be left; logits of some token are made even then.
         done = [running for running, _ in parts if running.read == len(running.prompt)]
-        logits, slots = self._logits(parts, max(1, len(done)))
+        logits, slots = self.passes.logits([(running.slot, part) for running, part in parts], max(1, len(done)))
         for running, _ in parts:
             if running.keep_at and running.read == running.keep_at:
                 self.prefixes.keep(running.prompt[: running.read], self.table.snapshot(running.slot))
@@ -183,19 +187,6 @@ class SlotEngine(OneRun, AbstractEngine):
         emitted = self.decoder.emitted(chosen[None], None if log_probs is None else log_probs[None])
         self._launched(emitted, done, 1)
         self._decoding += [running for running in done if running.launched < running.limit]
-
-    def _logits(self, parts: list[tuple[Running, Sequence[int]]], count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """A pass over tokens of these slots: logits after the first `count` parts; slots [parts]."""
-        device, lengths = self.table.device, [len(part) for _, part in parts]
-        ends = list(itertools.accumulate(lengths))
-        slots = to_device([running.slot for running, _ in parts], device)
-        cu_seqlens = to_device([0, *ends], device).to(torch.int32)
-        tokens = to_device([token for _, part in parts for token in part], device)
-        context = PassContext(
-            self.table, Counts(0, len(parts), len(tokens)), Slots(None, slots, cu_seqlens), tuple(lengths)
-        )
-        last = to_device([end - 1 for end in ends[:count]], device)
-        return self.model.logits_of_pass(tokens, context, last), slots
 
     def _decode(self) -> bool:
         """A burst of all that decode."""
@@ -246,7 +237,7 @@ class SlotEngine(OneRun, AbstractEngine):
             answer = running.tokens[:-1]
             with inference_active(), torch.inference_mode():
                 for begin in range(0, len(answer), self.max_tokens):
-                    self._logits([(running, answer[begin : begin + self.max_tokens])], 1)
+                    self.passes.logits([(running.slot, answer[begin : begin + self.max_tokens])], 1)
         return ConversationState([*running.conversation, *running.tokens], self.table.snapshot(running.slot))
 
     def _end(self, running: Running) -> None:

@@ -56,6 +56,12 @@ class SamplingNeeds:
     penalized: bool = False
     log_probs: bool = False
 
+    def rounded_up(self) -> "SamplingNeeds":
+        """One of four that asks for no less: each is a graph a batch size."""
+        if self.penalized or self.log_probs:
+            return SamplingNeeds(True, True, True, True)
+        return SamplingNeeds(random=self.random or self.ranked, ranked=self.ranked)
+
     def __or__(self, other: "SamplingNeeds") -> "SamplingNeeds":
         return SamplingNeeds(*[getattr(self, f.name) or getattr(other, f.name) for f in fields(self)])
 

@@ -246,7 +246,7 @@ def _joined(parts: list[torch.Tensor], tokens: int, like: torch.Tensor) -> torch
     """Parts [.., D] end to end, as many rows as `like`, zero from `tokens` on. One part that is whole is not copied."""
     missing = like.shape[0] - sum(part.shape[0] for part in parts)
     if missing:
-        parts = [*parts, like.new_empty(missing, *like.shape[1:])]
+        parts = [*parts, like.new_zeros(missing, *like.shape[1:])]
     whole = parts[0] if len(parts) == 1 else torch.cat(parts)
     if tokens < whole.shape[0]:
         whole[tokens:] = 0
