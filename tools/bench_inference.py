@@ -21,6 +21,8 @@ from time import perf_counter
 
 import decode_bench
 import prefill_bench
+import prefix_bench
+import serve_bench
 import torch.distributed as dist
 from bench_options import Asked, read_common
 from measure import NO_MULTICAST, conditions, in_words
@@ -32,6 +34,8 @@ from megatron_ssm_tp.ranks import agree, lost_peers_reported
 COMMANDS = {
     "prefill": (prefill_bench, "prompts, a pass each"),
     "decode": (decode_bench, "steps of decoding, a token a request each"),
+    "serve": (serve_bench, "a load of requests that come one by one, or a soak of all kinds"),
+    "prefix": (prefix_bench, "the first token with and without a kept prefix"),
 }
 
 

@@ -1,0 +1,239 @@
+"""What bench_inference.py serve measures: a Poisson load of mixed prompts on our engine, at several rates.
+
+Requests come at the clock of rank 0, which tells the other ranks before every step how many have come. Times are what a
+caller sees: from a request's arrival to its first token, and from there on by token. Prompts' and answers' lengths are
+log-uniform. With --soak the load is one of all kinds: sampled in every way, cancelled at any time, over-long and
+malformed, and what must hold is checked: every accepted request is answered or cancelled, every refused one told why,
+nothing stalls, all slots are free in the end, memory does not grow. Then the status is 1 if something does not hold.
+"""
+
+import argparse
+from collections.abc import Iterator
+from statistics import quantiles
+
+import psutil
+import torch
+import torch.distributed as dist
+from bench_models import Ours, free_memory
+from bench_options import Asked, add_common, check_counts, check_pure_ssm
+from measure import in_words, markdown
+from megatron.core.process_groups_config import ProcessGroupCollection
+from report_files import write_json, write_plot
+from serve_load import Load, reader
+from serve_loop import Served, Serving
+
+from megatron_ssm_tp.cli.console import is_speaker, say
+from megatron_ssm_tp.errors import UserError
+from megatron_ssm_tp.inference.engine import SlotEngine
+from megatron_ssm_tp.inference.slots import SlotTable
+
+GPU_GROWTH, HOST_GROWTH = 64 << 20, 256 << 20  # bytes that a soak may end with more than it had after a third
+CHECKS = ("unanswered", "stalled", "slots", "GPU memory", "host memory", "refused without reason")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--rates", nargs="+", type=float, default=[4.0], metavar="R", help="requests a second (4)")
+    parser.add_argument("--seconds", type=float, default=30.0, help="that requests come, at each rate (30)")
+    parser.add_argument("--soak", type=float, metavar="SECONDS", help="one load of all kinds for so long, checked")
+    parser.add_argument("--stall-seconds", type=float, default=30.0, help="of a soak, in which some token must come")
+    parser.add_argument("--prompt-tokens", nargs=2, type=int, default=[32, 2048], metavar=("MIN", "MAX"))
+    parser.add_argument("--new-tokens", nargs=2, type=int, default=[16, 256], metavar=("MIN", "MAX"))
+    parser.add_argument("--max-requests", type=int, default=64, help="slots")
+    parser.add_argument("--max-tokens", type=int, default=2048, help="of prompts in a pass")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--plot", metavar="FILE", help="times to the first token and by token, as a picture")
+    add_common(parser)
+
+
+def check(args: argparse.Namespace, asked: Asked) -> None:
+    """Raises UserError: anything that would fail only later."""
+    check_pure_ssm(asked)
+    for option in ("rates", "seconds", "soak", "stall_seconds"):
+        value = getattr(args, option)
+        for one in value if isinstance(value, list) else [value]:
+            if one is not None and not 0 < one < 1e6:
+                raise UserError(f"--{option.replace('_', '-')}", one, "is out of range", "a positive number")
+    for option in ("prompt_tokens", "new_tokens"):
+        low, high = getattr(args, option)
+        check_counts(f"--{option.replace('_', '-')}", [low], "tokens")
+        check_counts(f"--{option.replace('_', '-')}", [high], "tokens", low)
+    check_counts("--max-requests", [args.max_requests], "slots")
+    check_counts("--max-tokens", [args.max_tokens], "tokens")
+    if args.recipes != ["none"]:
+        raise UserError("--recipes", args.recipes, "are not compared here", "none")
+
+
+def run(
+    args: argparse.Namespace,
+    asked: Asked,
+    groups: ProcessGroupCollection,
+    device: torch.device,
+    found: dict[str, str],
+) -> None:
+    rows: list[dict] = []
+    broken: list[str] = []
+    try:
+        for name, (config, _) in asked.models.items():
+            free_memory()
+            ours = Ours(config, groups, device, asked.dtype, 1)
+            engine = _engine(ours, args, device)
+            if args.soak:
+                broken += _soak(name, engine, args, config.vocab_size, groups, rows)
+                continue
+            _serve(engine, args, config.vocab_size, groups, 4.0, min(10.0, args.seconds))  # makes graphs
+            for rate in args.rates:
+                served = _serve(engine, args, config.vocab_size, groups, rate, args.seconds)
+                rows.append(_row(name, rate, served))
+    finally:
+        if rows and is_speaker():
+            _report(args, found, rows)
+    if broken:
+        raise UserError("--soak", "; ".join(broken), "does not hold", "none of " + ", ".join(CHECKS))
+
+
+def _engine(ours: Ours, args: argparse.Namespace, device: torch.device) -> SlotEngine:
+    sizes = (ours.config, ours.groups.tp.size(), args.max_requests)
+    table = SlotTable(*sizes, device, ours.model.config.params_dtype, torch.float32)
+    return SlotEngine(ours.model, table, args.max_tokens)
+
+
+def _serve(
+    engine: SlotEngine,
+    args: argparse.Namespace,
+    vocab_size: int,
+    groups: ProcessGroupCollection,
+    rate: float,
+    seconds: float,
+    soak_part: int | None = None,
+) -> Served:
+    lengths, seed = (tuple(args.prompt_tokens), tuple(args.new_tokens)), args.seed + (soak_part or 0)
+    load = Load(rate, *lengths, vocab_size, seed, mixed=soak_part is not None)
+    longest = args.prompt_tokens[1] + args.new_tokens[1]
+    return Serving(engine, reader(engine.table, vocab_size, longest), groups.tp).run(load.arrivals(), seconds)
+
+
+# --- Load -----------------------------------------------------------------------------------------------------------
+
+
+def _percentiles(values: list[float]) -> tuple[float, float]:
+    """p50 and p99, in milliseconds."""
+    if len(values) < 2:
+        return (values[0] * 1e3, values[0] * 1e3) if values else (0.0, 0.0)
+    cuts = quantiles(values, n=100, method="inclusive")
+    return cuts[49] * 1e3, cuts[98] * 1e3
+
+
+def _row(model: str, rate: float, served: Served) -> dict:
+    """What is reported of a rate; times in milliseconds."""
+    answers = served.answers
+    first = _percentiles([answer.first - answer.came for answer in answers])
+    each = _percentiles([(a.last - a.first) / (a.tokens - 1) for a in answers if a.tokens > 1])
+    tokens = sum(answer.tokens for answer in answers)
+    return {
+        "model": model,
+        "rate": rate,
+        "requests": len(answers),
+        "seconds": served.seconds,
+        "tokens_per_second": tokens / served.seconds,
+        "prompt_tokens_per_second": sum(answer.prompt for answer in answers) / served.seconds,
+        "ttft_ms": first,
+        "tpot_ms": each,
+        "idle": served.idle / served.seconds,
+    }
+
+
+def _report(args: argparse.Namespace, found: dict[str, str], rows: list[dict]) -> None:
+    if not args.soak:
+        header = ["model", "requests/s", "answered", "new tokens/s", "prompt tokens/s"]
+        header += ["first token, ms: p50", "p99", "each token after it, ms: p50", "p99", "idle"]
+        lines = []
+        for row in rows:
+            times = [f"{ms:.1f}" for ms in (*row["ttft_ms"], *row["tpot_ms"])]
+            speeds = [f"{row[key]:.0f}" for key in ("tokens_per_second", "prompt_tokens_per_second")]
+            lines.append(
+                [row["model"], f"{row['rate']:g}", str(row["requests"]), *speeds, *times, f"{row['idle']:.0%}"]
+            )
+        say(f"\n{markdown(header, lines)}\n")
+    write_json(args.json, {"conditions": found, "options": vars(args), "rows": rows})
+    if args.plot and not args.soak:
+        _plot(rows, args.plot, in_words(found))
+
+
+def _plot(rows: list[dict], path: str, title: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    for axis, key, label in zip(axes, ("ttft_ms", "tpot_ms"), ("first token", "each token after it"), strict=True):
+        for model in dict.fromkeys(row["model"] for row in rows):
+            own = [row for row in rows if row["model"] == model]
+            for index, name in enumerate(("p50", "p99")):
+                axis.plot([r["rate"] for r in own], [r[key][index] for r in own], marker="o", label=f"{model}, {name}")
+        axis.set(xlabel="requests/s", ylabel="ms", title=label, ylim=(0, None))
+        axis.legend(fontsize=7)
+    figure.suptitle(title, fontsize=7, wrap=True)
+    write_plot(figure, path)
+
+
+# --- Soak -----------------------------------------------------------------------------------------------------------
+
+
+def _memory() -> tuple[int, int]:
+    """Bytes of tensors on the GPU, and of this process on the host."""
+    on_gpu = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+    return on_gpu, psutil.Process().memory_info().rss
+
+
+def _soak(
+    name: str,
+    engine: SlotEngine,
+    args: argparse.Namespace,
+    vocab_size: int,
+    groups: ProcessGroupCollection,
+    rows: list[dict],
+) -> list[str]:
+    """Three equal parts of a load of all kinds; what does not hold, the same on all ranks."""
+    total, memory, broken = Served(), [], set()
+    while len(memory) < 3 and not broken:
+        served = _serve(engine, args, vocab_size, groups, args.rates[0], args.soak / 3, len(memory))
+        total = total + served
+        free_memory()
+        memory.append(_memory())
+        everyone: list[set] = [set()] * groups.tp.size()
+        own = set(_broken(engine, args, served, memory))
+        dist.all_gather_object(everyone, own, group=groups.tp)
+        broken = set().union(*everyone)
+    row = {
+        "seconds": total.seconds,
+        "accepted": total.accepted,
+        "answered": len(total.answers),
+        "cancelled": total.cancelled,
+        "refused": dict(total.refused),
+        "tokens": sum(answer.tokens for answer in total.answers),
+        "longest without a token, s": round(total.longest_wait, 2),
+        "GPU memory after a third and in the end, MiB": [memory[0][0] >> 20, memory[-1][0] >> 20],
+        "host memory, MiB": [memory[0][1] >> 20, memory[-1][1] >> 20],
+    }
+    rows.append({"model": name, **row})
+    say(f"\n{markdown([name, 'soak'], [[key, str(value)] for key, value in row.items()])}\n")
+    return sorted(broken)
+
+
+def _broken(
+    engine: SlotEngine, args: argparse.Namespace, served: Served, memory: list[tuple[int, int]]
+) -> Iterator[str]:
+    """Of CHECKS what does not hold on this rank, after a part of a soak."""
+    if served.accepted != len(served.answers) + served.cancelled or engine.has_unfinished:
+        yield "unanswered"
+    if served.longest_wait > args.stall_seconds:
+        yield "stalled"
+    if sorted(engine.free_slots) != list(range(args.max_requests)) or bool(engine.table.alive.any()):
+        yield "slots"
+    if memory[-1][0] - memory[0][0] > GPU_GROWTH:
+        yield "GPU memory"
+    if memory[-1][1] - memory[0][1] > HOST_GROWTH:
+        yield "host memory"
+    if "" in served.refused:
+        yield "refused without reason"
