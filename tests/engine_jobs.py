@@ -42,6 +42,7 @@ def answers_of_padded_passes(path: Path, prompts: list[list[int]], counts: list[
     """As graphs have them, but launched; and the sizes that there were."""
     engine = jobs.llm(path, bursts=Bursts(longest=3, ahead=1), **LIMITS).engine
     engine.passes, sizes = Passes(engine.model, engine.table, SmallSums(engine.model, engine.table.device), None), set()
+    engine.warm_up()
 
     def padded(parts, count):
         tokens = sum(len(tokens) for _, tokens in parts)

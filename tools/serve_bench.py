@@ -10,6 +10,7 @@ nothing stalls, all slots are free in the end, memory does not grow. Then the st
 import argparse
 from collections.abc import Iterator
 from statistics import quantiles
+from time import perf_counter
 
 import psutil
 import torch
@@ -76,11 +77,12 @@ def run(
         for name, (config, _) in asked.models.items():
             free_memory()
             ours = Ours(config, groups, device, asked.dtype, 1)
-            engine = _engine(ours, args, device)
+            engine, began = _engine(ours, args, device), perf_counter()
+            engine.warm_up()
+            say(f"{name}: kernels compiled and graphs made in {perf_counter() - began:.0f} s")
             if args.soak:
                 broken += _soak(name, engine, args, config.vocab_size, groups, rows)
                 continue
-            _serve(engine, args, config.vocab_size, groups, 4.0, min(10.0, args.seconds))  # makes graphs
             for rate in args.rates:
                 served = _serve(engine, args, config.vocab_size, groups, rate, args.seconds)
                 rows.append(_row(name, rate, served))

@@ -6,7 +6,7 @@ are masked on the device, so that the host may launch further steps before it ha
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, product
 
 import torch
 import torch.distributed as dist
@@ -87,15 +87,25 @@ class Decoder:
         """`steps` more tokens of each of `slots`, or as many as their answers have; returns before they are there."""
         device, count = self.table.device, len(slots)
         size = count if self._graphs is None else next(size for size in self._sizes if size >= count)
-        if size not in self._rows:
-            self._rows[size] = _Rows(size, self.longest, device)
-        rows = self._rows[size]
+        rows = self._rows_of(size)
         step = self._step_of(rows, needs.rounded_up(), self._sums.book())
         rows.slots.copy_(self.table.live(to_device([*slots, *[-1] * (size - count)], device)))
         rows.step.zero_()
         for _ in range(steps):
             step()
         return self.emitted(rows.tokens[:steps], rows.log_probs[:steps] if needs.log_probs else None)
+
+    def warm_up(self) -> None:
+        """Make all graphs that bursts may ask for."""
+        if self._graphs is None:
+            return
+        for size, needs in product(self._sizes, SamplingNeeds.all_rounded()):
+            self._step_of(self._rows_of(size), needs, self._sums.book())
+
+    def _rows_of(self, size: int) -> _Rows:
+        if size not in self._rows:
+            self._rows[size] = _Rows(size, self.longest, self.table.device)
+        return self._rows[size]
 
     def emitted(self, tokens: torch.Tensor, log_probs: torch.Tensor | None) -> Emitted:
         """Tokens [steps, rows] of all ranks on their way to this host."""

@@ -103,6 +103,12 @@ class SlotEngine(OneRun, AbstractEngine):
             finally:
                 self.reset()
 
+    def warm_up(self) -> None:
+        """Have kernels compiled and all CUDA graphs made, so that no request waits for them; on CPUs nothing."""
+        with self.alone(), inference_active(), torch.inference_mode():
+            self.passes.warm_up(self.max_tokens)
+            self.decoder.warm_up()
+
     # Requests that come and go one by one
 
     @property

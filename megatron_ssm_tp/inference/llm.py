@@ -206,6 +206,13 @@ class LLM:
         requests = self._reader.read(prompts, sampling_params, states, return_states)
         return self._run(prompts, requests, None if seed is None else check_seed(seed))
 
+    def warm_up(self) -> None:
+        """What a server calls before its first request: our engine compiles its kernels and makes its CUDA graphs."""
+        engine = self._open_engine()
+        if isinstance(engine, SlotEngine):
+            with lost_peers_reported():
+                engine.warm_up()
+
     def cache_prefix(self, prompt: Prompt) -> None:
         """Read `prompt` and keep the states after it: prompts that begin with its tokens are read from there on.
 

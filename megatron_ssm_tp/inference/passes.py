@@ -6,7 +6,7 @@ prompts are of no tokens, with the row of states that no request has.
 """
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, product
 
 import torch
 
@@ -48,6 +48,14 @@ class Passes:
         context = PassContext(self.table, Counts(0, len(parts), len(tokens)), Slots(None, slots, cu_seqlens), lengths)
         last = to_device([end - 1 for end in ends[:count]], device)
         return self.model.logits_of_pass(tokens, context, last), slots
+
+    def warm_up(self, max_tokens: int) -> None:
+        """Make all graphs, and have kernels compiled for passes of `max_tokens`."""
+        if self._graphs is None:
+            return
+        for rows, prompts in product(TOKENS, PROMPTS):
+            self.padded([], 0, rows, prompts)
+        self.logits([(self.table.slots, [0] * max_tokens)], 1)
 
     def padded(
         self, parts: Sequence[tuple[int, Sequence[int]]], count: int, rows: int, prompts: int

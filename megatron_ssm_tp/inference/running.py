@@ -26,7 +26,7 @@ class Bursts:
         graphs: replay CUDA graphs; a CPU has none.
     """
 
-    longest: int = 16
+    longest: int = 4
     while_reading: int = 4
     ahead: int = 2
     graphs: bool = True

@@ -6,6 +6,7 @@ draws is one uniform number a token, a hash of seed and count, and the inverse o
 """
 
 from dataclasses import dataclass, fields
+from itertools import product
 
 import torch
 
@@ -61,6 +62,11 @@ class SamplingNeeds:
         if self.penalized or self.log_probs:
             return SamplingNeeds(True, True, True, True)
         return SamplingNeeds(random=self.random or self.ranked, ranked=self.ranked)
+
+    @classmethod
+    def all_rounded(cls) -> set["SamplingNeeds"]:
+        """All that `rounded_up` returns."""
+        return {cls(*asked).rounded_up() for asked in product((False, True), repeat=4)}
 
     def __or__(self, other: "SamplingNeeds") -> "SamplingNeeds":
         return SamplingNeeds(*[getattr(self, f.name) or getattr(other, f.name) for f in fields(self)])
