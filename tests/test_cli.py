@@ -96,6 +96,15 @@ def test_sampling_options_and_seed():
     assert texts[0] == texts[1] != texts[2]
 
 
+def test_engines_and_what_one_of_them_keeps():
+    options = ["--load", MAMBA, "--prompt", "And God said", "--max-new-tokens", 12, "--dtype", "float32", "--json"]
+    wanted = [[], ["--engine", "megatron"], ["--prefix-bytes", 1 << 20], ["--repetition-penalty", 1.5]]
+    found = [json.loads(run("generate", *options, *more).stdout) for more in wanted]
+    assert [report["engine"] for report in found] == ["slots", "megatron", "slots", "slots"]
+    texts = [report["outputs"][0]["text"] for report in found]
+    assert texts[0] == texts[1] == texts[2] != texts[3]
+
+
 def without_tokenizer(path: Path) -> Path:
     (path / "tokenizer.json").unlink()
     return path
@@ -158,6 +167,9 @@ def crowded(path: Path) -> Path:
         (None, ["--seed", 2**70], "--seed=1180591620717411303424: is out of range"),
         (None, ["--ops", "cuda"], "--ops='cuda': is no implementation; legal: auto, triton, reference"),
         (None, ["--tp-overlap-from", 0], "--tp-overlap-from=0: is no number of tokens; legal: an integer from 1"),
+        (None, ["--tp-overlap", "thirds"], "--tp-overlap='thirds': hides no reduction; legal: halves, x_proj"),
+        (None, ["--engine", "v8"], "--engine='v8': is no engine; legal: auto, slots, megatron"),
+        (None, ["--min-p", 2], "--min-p=2.0: is out of range; legal: 0 (off) to 1"),
         (None, ["--tempature", 1], "unrecognized arguments: --tempature 1"),
     ],
     ids=[
@@ -177,6 +189,9 @@ def crowded(path: Path) -> Path:
         "seed",
         "ops",
         "overlap",
+        "way to overlap",
+        "engine",
+        "min p",
         "argument",
     ],
 )
@@ -313,7 +328,7 @@ def test_generate_with_quantized_reductions(tmp_path):
         report = json.loads(first)
         tokens.append(report["outputs"][0]["token_ids"])
         in_force.append(report["tp_allreduce"])
-        assert report["ops"] == {"name": "reference", "reason": "no CUDA device"}
+        assert report["ops"] == {"name": "reference", "reason": "no CUDA device"} and report["engine"] == "slots"
     assert tokens[2] == tokens[0] and len(tokens[1]) == 12
     off = {"recipe": None, "cfg": None, "min_bytes": None, "sites": {"none": 12}}
     assert in_force == [off, off | {"recipe": "int8", "sites": {"none": 6, "int8": 6}}, off | {"cfg": str(file)}]

@@ -37,10 +37,14 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--temperature",
         type=float,
-        help="0 is greedy; default: greedy, or 1 with --top-k or --top-p",
+        help="0 is greedy; default: greedy, or 1 with --top-k, --top-p or --min-p",
     )
     parser.add_argument("--top-k", type=int, default=0, help="sample among the k likeliest; 0 is off")
     parser.add_argument("--top-p", type=float, default=0.0, help="sample among the likeliest that sum to p; 0 is off")
+    parser.add_argument(
+        "--min-p", type=float, default=0.0, help="leave out what is less likely than p of the likeliest"
+    )
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="of tokens that were there; 1 is off")
     parser.add_argument(
         "--seed", type=int, default=0, help="of sampling: the same seed, prompts and limits give the same text"
     )
@@ -52,6 +56,16 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--max-cached-tokens", type=int, help="tokens of all prompts together with room for keys and values (hybrids)"
     )
     parser.add_argument("--max-tokens", type=int, default=2048, help="tokens in one step; longer prompts go in chunks")
+    parser.add_argument(
+        "--engine", default="auto", help="who schedules: slots (models of SSM layers alone), megatron, or auto"
+    )
+    parser.add_argument(
+        "--prefix-bytes",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of states kept after prefixes that prompts share (slots)",
+    )
     parser.add_argument(
         "--ops",
         default="auto",
@@ -137,7 +151,7 @@ def run(args: argparse.Namespace) -> None:
     quieted()
     _, groups = join(args.tensor_model_parallel_size)
     prompts = agree(lambda: _read_inputs(args), groups.tp)
-    sampled = bool(args.top_k or args.top_p)
+    sampled = bool(args.top_k or args.top_p or args.min_p)
     temperature = args.temperature if args.temperature is not None else float(sampled)
     params = SamplingParams(
         temperature=temperature,
@@ -145,6 +159,7 @@ def run(args: argparse.Namespace) -> None:
         top_p=args.top_p,
         num_tokens_to_generate=args.max_new_tokens,
     )
+    params.add_attributes({"min_p": args.min_p, "repetition_penalty": args.repetition_penalty})
     recipes = agree(lambda: _read_recipes(args), groups.tp)
     if recipes is not None and groups.tp.size() == 1:
         print("note: one rank: nothing is reduced, and recipes change nothing", file=sys.stderr, flush=True)
@@ -153,6 +168,7 @@ def run(args: argparse.Namespace) -> None:
         max_tokens=args.max_tokens,
         max_sequence_length=args.max_sequence_length,
         max_cached_tokens=args.max_cached_tokens,
+        prefix_bytes=args.prefix_bytes,
     )
     llm = LLM.from_pretrained(
         args.load,
@@ -162,6 +178,7 @@ def run(args: argparse.Namespace) -> None:
         limits=limits,
         seed=args.seed,
         ops=args.ops,
+        engine=args.engine,
         tp_allreduce=recipes,
         tp_overlap_from=args.tp_overlap_from,
         tp_overlap=args.tp_overlap,
@@ -216,6 +233,7 @@ def _report(args: argparse.Namespace, llm: "LLM", outputs: list["GenerationOutpu
         "load": args.load,
         "tensor_model_parallel_size": tp,
         "dtype": str(llm.model.config.params_dtype).removeprefix("torch."),
+        "engine": llm.engine.name,
         "ops": _ops_in_use(llm),
         "tp_allreduce": _recipes_in_force(args, llm),
         "outputs": [{k: v for k, v in asdict(output).items() if k != "state"} for output in outputs],

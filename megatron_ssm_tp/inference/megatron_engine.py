@@ -31,6 +31,8 @@ def megatron_inference() -> Iterator[None]:
 class MegatronEngine(OneRun):
     """Requests in, tokens out, a step at a time. Every tensor-parallel rank makes the same calls in the same order."""
 
+    name = "megatron"
+
     def __init__(self, model: SSMModel, config: InferenceConfig, tokenizer: TextTokenizer | NoTokenizer) -> None:
         super().__init__()
         with megatron_inference():
