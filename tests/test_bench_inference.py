@@ -1,9 +1,11 @@
 """bench_inference.py in small: passes are those of the model, tables and shares add up, mistakes are said at once."""
 
 import json
+import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -97,6 +99,8 @@ def test_the_whole_tool(tmp_path):
         (["--recipes", "int8"], "--recipes='int8': one rank reduces nothing"),
         (["--recipes", "int9"], "--recipes='int9': unknown format"),
         (["--json", "/nowhere/x"], "--json='/nowhere/x': cannot be written"),
+        (["--json", "x" * 300], "cannot be written (File name too long)"),
+        (["--json", f"{TOOL}/x"], "bench_inference.py/x': cannot be written (Not a directory)"),
         (["--json", "/proc/x"], "--json='/proc/x': cannot be written"),
         (["--plot", "x.xyz"], "--plot='x.xyz': is of no format that can be drawn; legal: .eps"),
         (["--shapes", "²x8"], "--shapes='²x8': is no batch"),
@@ -106,6 +110,23 @@ def test_the_whole_tool(tmp_path):
 def test_mistakes_in_options(arguments, message):
     with pytest.raises(UserError, match=re.escape(message)):
         bench.check(bench.read_args(["prefill", *arguments]), 1)
+
+
+def test_a_report_that_may_not_be_replaced():
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o777)
+        report = Path(folder, "x.json")
+        report.write_text("earlier")
+        report.chmod(0o444)
+        user = os.geteuid()
+        if user == 0:
+            os.seteuid(65534)  # what is read-only is so to root only by its own will
+        try:
+            with pytest.raises(UserError, match=r"--json='.*x.json': cannot be written \(Permission denied\)"):
+                bench.check(bench.read_args(["prefill", "--json", str(report)]), 1)
+        finally:
+            os.seteuid(user)
+        assert report.read_text() == "earlier"
 
 
 def test_what_a_config_may_be(tmp_path):

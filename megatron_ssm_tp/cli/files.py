@@ -12,9 +12,12 @@ def check_writable(field: str, path: str | None) -> None:
     if path is None or not is_speaker():
         return
     file, legal = Path(path), "a file in a folder that can be written to"
-    if not file.name or (file.exists() and not file.is_file()):
-        raise UserError(field, path, "cannot be written", legal)
     try:
+        there = file.exists()
+        if not file.name or (there and not file.is_file()):
+            raise UserError(field, path, "cannot be written", legal)
+        if there:
+            file.open("ab").close()  # one that is read-only is not replaced
         with tempfile.TemporaryFile(dir=file.parent):
             pass
     except OSError as error:
