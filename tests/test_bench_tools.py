@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 
 import bench_jobs as jobs
 import pytest
@@ -45,6 +46,21 @@ def _without_launcher(*command: str) -> list[tuple[int, str, str]]:
     ]
     outputs = [rank.communicate(timeout=60) for rank in ranks]
     return [(rank.returncode, *output) for rank, output in zip(ranks, outputs, strict=True)]
+
+
+def test_a_bench_that_measured_nothing_leaves_an_earlier_report_alone(monkeypatch, tmp_path):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    report = tmp_path / "x.json"
+    report.write_text("earlier")
+    monkeypatch.setattr(bench, "start", lambda timeout_s: jobs.CPU)
+    monkeypatch.setattr(bench, "agree", lambda *_: None)
+    monkeypatch.setattr(bench, "Ways", lambda *_: SimpleNamespace(missing={}))
+    monkeypatch.setattr(bench, "measure_all", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        bench.run(bench.read_args(["--json", str(report)]))
+    assert report.read_text() == "earlier"
 
 
 def test_bench_on_two_ranks(tmp_path):

@@ -104,6 +104,22 @@ def test_what_fails_is_a_note(monkeypatch):
     assert "- reference: too large to be timed; at conv 5 1x3" in bench_ops.notes([row])
 
 
+def test_a_run_that_measured_nothing_leaves_an_earlier_report_alone(monkeypatch, tmp_path):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    report = tmp_path / "x.json"
+    report.write_text("earlier")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(bench_ops, "conditions", lambda device: {})
+    monkeypatch.setattr(bench_ops, "floor_of", lambda *_: Floor(1e12, 1e12, ""))
+    monkeypatch.setattr(bench_ops, "measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        bench_ops.run(bench_ops.read_args(["--json", str(report)]))
+    assert report.read_text() == "earlier"
+
+
 def test_theirs_as_a_ratio():
     row = bench_ops.Row(Case("scan", (8,), 8), 3000, 5000, 1.0, us=2.0, theirs_us=5.0)
     assert row.ratio == 2.5 and "| 2.0 | 5.0 | 2.50 | - | 2 | 0.0 | 0.0 | 1.0 | 50% |" in bench_ops.table([row])

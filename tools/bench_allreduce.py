@@ -224,6 +224,8 @@ def plot(cells: list[Cell], path: str, title: str) -> None:
 def report(args: argparse.Namespace, found: dict[str, str], cells: list[Cell], missing: dict[str, str]) -> None:
     say("\n\n".join(tables(cells, hidden) for hidden in args.hidden))
     say(notes(cells, missing))
+    if not cells:
+        return
     if args.json:
         content = {"conditions": found, "missing": missing, "cells": [cell._asdict() for cell in cells]}
         write_json(args.json, content)

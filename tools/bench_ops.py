@@ -263,7 +263,8 @@ def run(args: argparse.Namespace) -> None:
             for case in cases:
                 rows.append(measure(case, floor, device))
         finally:
-            report(args, found, floor, rows)
+            if rows:
+                report(args, found, floor, rows)
     say(f"\n{perf_counter() - began:.0f} s in all.")
 
 
