@@ -1,6 +1,9 @@
 """check_ops.py and bench_ops.py in small, in Triton's interpreter: what is wrong is seen, what is counted is right."""
 
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import op_tool_jobs as jobs
 import pytest
@@ -139,6 +142,14 @@ def test_theirs_as_a_ratio():
 def test_mistakes_in_options(arguments, message):
     with pytest.raises(UserError, match=re.escape(message)):
         bench_ops.read_cases(bench_ops.read_args(arguments))
+
+
+@pytest.mark.parametrize("tool", ["bench_ops", "bench_ssd", "check_gradients", "check_ops"])
+def test_without_a_gpu_the_error_is_all_that_is_said(tool):
+    command = [sys.executable, Path(bench_ops.__file__).with_name(f"{tool}.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == 2 and not done.stdout
+    assert re.fullmatch(r"error: [^\n]* GPU[^\n]*\n", done.stderr)
 
 
 def test_the_plot(tmp_path):

@@ -19,12 +19,12 @@ from time import perf_counter
 from typing import NamedTuple
 
 import torch
-from bench_options import read_shape
 from measure import (
     captured,
     conditions,
     in_words,
     markdown,
+    read_shape,
     seconds,
     tried,
     version_of,
@@ -252,7 +252,7 @@ def report(args: argparse.Namespace, found: dict[str, str], floor: Floor, rows: 
 def run(args: argparse.Namespace) -> None:
     began, cases = perf_counter(), read_cases(args)
     if not torch.cuda.is_available():
-        raise UserError("device", "CPU", "Triton's kernels are not for it", "a CUDA device")
+        raise UserError("device", "CPU", "Triton's kernels are not for it", "a CUDA GPU")
     device = torch.device("cuda", torch.cuda.current_device())
     found = conditions(device) | {package: version_of(package) for package in ("mamba-ssm", "causal-conv1d")}
     rows: list[Row] = []

@@ -81,14 +81,6 @@ def check_pure_ssm(asked: Asked) -> None:
             raise UserError("--models", title, "has other layers than SSMs", "models of SSM layers alone")
 
 
-def read_shape(text: str) -> tuple[int, int]:
-    """Prompts and tokens of each, of PROMPTSxTOKENS."""
-    batch, _, length = text.partition("x")
-    if not all(part.isascii() and part.isdigit() and int(part) for part in (batch, length)):
-        raise UserError("--shapes", text, "is no batch of prompts", "prompts x tokens, such as 8x2048")
-    return int(batch), int(length)
-
-
 def titles(names: Sequence[str]) -> list[str]:
     """What models are called: a config.json by its folder, or by its path where that is another's name too."""
     short = [name if name in MODELS else Path(name).resolve().parent.name for name in names]

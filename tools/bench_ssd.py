@@ -14,13 +14,15 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
 
 import torch
+from measure import captured, seconds
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from ssd_jobs import in_products_of
 
+from megatron_ssm_tp.cli.console import Parser, guarded
+from megatron_ssm_tp.errors import UserError
 from megatron_ssm_tp.ops import ssd, ssd_reference
 from megatron_ssm_tp.ops.ssd_reference import NO_LIMIT
 
@@ -125,21 +127,13 @@ def check() -> bool:
 # --- Fast -----------------------------------------------------------------------------------------------------------
 
 
-def milliseconds(run: Callable[[], object], repeats: int = 30) -> float:
+def milliseconds(run: Callable[[], object]) -> float:
+    """Of a replay of `run`'s CUDA graph."""
     for _ in range(2):
         run()
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    graph.replay()
-    marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-    for begin, end in marks:
-        begin.record()
-        graph.replay()
-        end.record()
-    torch.cuda.synchronize()
-    return median(begin.elapsed_time(end) for begin, end in marks)
+    graph, _ = captured(run)
+    return seconds(graph.replay, torch.device(DEVICE)) * 1e3
 
 
 def megatrons_prefill(given: Inputs, chunk: int) -> Callable[[], object]:
@@ -235,7 +229,7 @@ def sweep() -> None:
         for (block, channels, warps), stages, programs in kinds:
             how = ssd.SSDLaunch(block, channels, None, warps, stages, programs_per_sm=programs)
             try:
-                took = milliseconds(lambda: ssd.ssd_varlen(*given.arguments, *where, how), 10)  # noqa: B023
+                took = milliseconds(lambda: ssd.ssd_varlen(*given.arguments, *where, how))  # noqa: B023
             except Exception as error:  # too much shared memory, mostly
                 print(f"{how}: {str(error).splitlines()[0]}", file=sys.stderr)
                 continue
@@ -245,12 +239,9 @@ def sweep() -> None:
             print(f"{took:.3f} ms  {how}")
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sweep", action="store_true", help="time every launch of a list too")
-    arguments = parser.parse_args()
+def run(arguments: argparse.Namespace) -> None:
     if not torch.cuda.is_available():
-        parser.error("needs a GPU")
+        raise UserError("device", "CPU", "Triton's kernels are not for it", "a CUDA GPU")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}\n")
     right = check()
     print()
@@ -259,8 +250,15 @@ def main() -> int:
     time_steps()
     if arguments.sweep:
         sweep()
-    return 0 if right else 1
+    if not right:
+        sys.exit(1)
+
+
+def read_args() -> argparse.Namespace:
+    made = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--sweep", action="store_true", help="time every launch of a list too")
+    return made.parse_args()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(lambda: run(read_args())))
