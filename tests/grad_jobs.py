@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 
 import torch
+from hopper import compiled
 from interpreter import patch_interpreter, programs_backwards
 
 from megatron_ssm_tp.ops import reference
@@ -163,14 +164,8 @@ def compare_when_run_again(case: Case) -> str:
 
 def compile_for_hopper(module: str, kernel: str, constants: dict) -> str:
     """PTX of a kernel of ops as it would be launched on bfloat16 tensors and float32 weights."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     function = getattr(import_module(f"megatron_ssm_tp.ops.{module}"), kernel)
     rows = ("x_ptr", "dt_ptr", "z_ptr", "dy_ptr", "out_ptr", "dx_ptr", "ddt_ptr", "dz_ptr", "weight_ptr", "dt_bias_ptr")
     types = {name: "*fp32" if name.endswith("_ptr") else "i32" for name in function.arg_names}
-    types |= {name: "*bf16" for name in types if name in rows} | dict.fromkeys(constants, "constexpr")
-    places = {name: i for i, name in enumerate(function.arg_names)}
-    source = ASTSource(function, types, {(places[name],): value for name, value in constants.items()})
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 1}).asm["ptx"]
+    types |= {name: "*bf16" for name in types if name in rows}
+    return compiled(function, types, constants, {"num_warps": 1}).asm["ptx"]

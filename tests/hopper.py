@@ -4,18 +4,22 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def compile_for_hopper(
-    kernel: Any, types: Mapping[str, str | None], constants: Mapping[str, Any], warps: int, aligned_strides: bool = True
+def compiled(
+    kernel: Any,
+    types: Mapping[str, Any],
+    constants: Mapping[str, Any],
+    options: Mapping[str, Any],
+    multiples: tuple[str, ...] = (),
+    arch: int = 90,
 ) -> Any:
-    """A Triton kernel for sm_90. `types` of its other arguments, such as "*bf16" or "i32"; None: None is passed.
-    Pointers and, if `aligned_strides`, strides are taken to be multiples of 16."""
+    """A Triton kernel for sm_`arch`. `types` of its other arguments, such as "*bf16" or "i32"; None: None is passed.
+    Arguments whose names end with one of `multiples` are taken to be multiples of 16."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     names = kernel.arg_names
     known = {name: None for name, kind in types.items() if kind is None} | dict(constants)
-    multiples = ("_ptr", "_stride") if aligned_strides else "_ptr"
     source = ASTSource(
         kernel,
         {name: "constexpr" if name in known else types[name] for name in names},
@@ -26,4 +30,12 @@ def compile_for_hopper(
             if name not in known and name.endswith(multiples)
         },
     )
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(options))
+
+
+def compile_for_hopper(
+    kernel: Any, types: Mapping[str, str | None], constants: Mapping[str, Any], warps: int, aligned_strides: bool = True
+) -> Any:
+    """For sm_90; pointers and, if `aligned_strides`, strides are taken to be multiples of 16."""
+    multiples = ("_ptr", "_stride") if aligned_strides else ("_ptr",)
+    return compiled(kernel, types, constants, {"num_warps": warps}, multiples)

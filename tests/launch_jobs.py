@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from hopper import compiled
 
 from megatron_ssm_tp import UserError
 from megatron_ssm_tp.comm.recipes import Int8BlockScaling
@@ -104,10 +105,6 @@ def fused_errors() -> list[str]:
 
 def compile_for_hopper(kernel: str, shape: dict, ones: dict[str, int]) -> Any:
     """A kernel of symmetric_triton.py as it would be launched on bfloat16 tensors."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from megatron_ssm_tp.comm import symmetric_triton
     from megatron_ssm_tp.comm.tile_steps import Shape
 
@@ -118,20 +115,12 @@ def compile_for_hopper(kernel: str, shape: dict, ones: dict[str, int]) -> Any:
     constants = {"S": whole, "EXACT_TILE": symmetric_triton.EXACT_TILE} | ones
 
     def type_of(name: str) -> object:
-        if name in constants:
-            return "constexpr"
         if name in ("buffers", "flags"):
             return ("i64",) * whole.ranks
         if name.endswith("_ptr"):
             return "*i32" if name == "counters_ptr" else "*bf16"
         return "fp32" if name == "eps" else "i32"
 
-    names = function.arg_names
-    source = ASTSource(
-        function,
-        {name: type_of(name) for name in names},
-        {(names.index(name),): value for name, value in constants.items()},
-        {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name.endswith(("_ptr", "_stride"))},
-    )
+    types = {name: type_of(name) for name in function.arg_names}
     options = {"num_warps": whole.threads // 32, "enable_fp_fusion": False}
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    return compiled(function, types, constants, options, ("_ptr", "_stride"))

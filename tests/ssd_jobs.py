@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from hopper import compiled
 from ops_jobs import Inputs, compared, kernels_here
 
 from megatron_ssm_tp.ops import ssd_reference
@@ -163,10 +164,6 @@ def in_products_of(dtype, x, dt, A, B, C, D, dt_bias, state, block):
 
 def compiled_for(arch: int, kernel: str, dtype: str, channels: int, d_state: int):
     """A kernel of ssd_*triton.py, compiled for sm_`arch` as it is launched by default."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from megatron_ssm_tp.ops import ssd
 
     function = getattr(ssd, kernel)
@@ -183,8 +180,6 @@ def compiled_for(arch: int, kernel: str, dtype: str, channels: int, d_state: int
     names = function.arg_names
 
     def type_of(name: str) -> str:
-        if name in constants:
-            return "constexpr"
         if name in ("slots_ptr", "cu_seqlens_ptr"):
             return "*i64" if name == "slots_ptr" else "*i32"
         if name.endswith("_ptr"):
@@ -192,14 +187,6 @@ def compiled_for(arch: int, kernel: str, dtype: str, channels: int, d_state: int
             return "*" + (dtype if narrow else "fp32")
         return "fp32" if name in ("dt_min", "dt_max") else "i32"
 
-    source = ASTSource(
-        function,
-        {name: type_of(name) for name in names},
-        {(names.index(name),): value for name, value in constants.items() if name in names},
-        {
-            (i,): [["tt.divisibility", 16]]
-            for i, name in enumerate(names)
-            if name.endswith(("_ptr", "_stride")) or name in ("channels", "d_state", "heads")
-        },
-    )
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    types = {name: type_of(name) for name in names}
+    constants = {name: value for name, value in constants.items() if name in names}
+    return compiled(function, types, constants, options, ("_ptr", "_stride", "channels", "d_state", "heads"), arch)
