@@ -32,12 +32,12 @@ __all__ = list(_LAZY)
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    with _quiet():
+    with quiet_imports():
         return getattr(import_module(_LAZY[name]), name)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_imports() -> Iterator[None]:
     """Megatron's imports warn of Apex and Transformer Engine, torch's of a missing CUDA; none of it is needed."""
     logger = logging.getLogger("torch.utils.cpp_extension")
     level = logger.level

@@ -147,7 +147,9 @@ def test_ranks_that_cannot_share_a_model_leave_an_earlier_report_alone(tmp_path)
     report.write_text("earlier")
     with pytest.raises(UserError, match="--nproc-per-node=5"):
         bench.check(bench.read_args(["prefill", "--json", str(report)]), 5)
-    assert run_tool("prefill", "--layers", "1", "--shapes", "1x1", "--dtype", "x", "--json", report).returncode == 2
+    done = run_tool("prefill", "--layers", "1", "--shapes", "1x1", "--dtype", "x", "--json", report)
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr == "error: --dtype='x': cannot be run; legal: float32, bfloat16, float16\n"
     assert report.read_text() == "earlier" and list(tmp_path.iterdir()) == [report]
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from op_cases import Case, call, draw, exact
 from op_floor import Floor, bytes_of, floor_of, special_functions
-from op_tool_jobs import bench_ops, check_ops
+from op_tool_jobs import HALF, bench_ops, check_ops
 
 from megatron_ssm_tp import UserError
 from megatron_ssm_tp.ops import reference
@@ -48,6 +48,10 @@ def test_all_cases_are_there():
         assert {case.op for case in cases if case.initial} == set(bench_ops.FUNCTIONS)
         [every, _] = [work.cuts for work in works if work.case.dtype == dtype and len(work.cuts) > 1][:2]
         assert every == tuple((at,) for at in range(1, 97))
+    float16 = [work.case for work in works if work.case.dtype == torch.float16]
+    assert {case.op for case in float16} == set(bench_ops.FUNCTIONS)
+    wide = {(case.dtype, case.channels) for work in works if 1000 in (case := work.case).lengths and case.op == "conv"}
+    assert {(dtype, channels) for dtype in (HALF, torch.float16) for channels in (8192, 8200)} <= wide
     assert len(set(works)) == len(works)
 
 

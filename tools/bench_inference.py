@@ -19,17 +19,21 @@ import os
 import sys
 from time import perf_counter
 
-import decode_bench
-import prefill_bench
-import prefix_bench
-import serve_bench
 import torch.distributed as dist
-from bench_options import Asked, read_common
 from measure import NO_MULTICAST, conditions, in_words
 
+from megatron_ssm_tp import quiet_imports
 from megatron_ssm_tp.cli.console import Parser, guarded, quieted, say
-from megatron_ssm_tp.inference.distributed import join
 from megatron_ssm_tp.ranks import agree, lost_peers_reported
+
+with quiet_imports():
+    import decode_bench
+    import prefill_bench
+    import prefix_bench
+    import serve_bench
+    from bench_options import Asked, read_common
+
+    from megatron_ssm_tp.inference.distributed import join
 
 COMMANDS = {
     "prefill": (prefill_bench, "prompts, a pass each"),
