@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -146,6 +147,14 @@ def test_mistakes_in_options(monkeypatch, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             eval_quality.books_of(eval_quality.read_args(["--load", ".", "--text", "x", *arguments]))
+
+
+def test_ranks_that_cannot_share_the_model_are_said_by_the_launchers_option(monkeypatch):
+    group = SimpleNamespace(size=lambda: 7)
+    monkeypatch.setattr(quality, "join", lambda tp: (torch.device("cpu"), SimpleNamespace(tp=group)))
+    monkeypatch.setattr(quality, "agree", lambda step, group: step())
+    with pytest.raises(UserError, match=r"^--nproc-per-node=7: "):
+        quality.open_setting(eval_quality.read_args(["--load", str(CHECKPOINT), "--text", "x"]))
 
 
 def _torchrun(tool: str, *args: object) -> subprocess.CompletedProcess:

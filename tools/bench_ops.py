@@ -24,13 +24,13 @@ from measure import (
     conditions,
     in_words,
     markdown,
-    read_shape,
     seconds,
     tried,
     version_of,
 )
 from op_cases import FUNCTIONS, Case, Given, as_packed, call, draw, exact, ours, relative, rival
 from op_floor import Floor, bytes_of, floor_of, special_functions
+from options import read_shape
 from report_files import check_reports, write_json, write_plot
 
 from megatron_ssm_tp.cli.console import Parser, guarded, say

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 from bench_models import MODELS, read_model, recipes_of
+from options import check_ranks
 from report_files import check_reports
 
 from megatron_ssm_tp.comm.recipes import RECIPE_NAMES
 from megatron_ssm_tp.config import DTYPES, ModelConfig
 from megatron_ssm_tp.errors import UserError, renamed
-from megatron_ssm_tp.partition.layout import check_tp_size
 
 _CONFIG = f"{', '.join(MODELS)}, or the path of a config.json"
 
@@ -56,8 +56,7 @@ def read_common(args: argparse.Namespace, ranks: int) -> Asked:
     models = {}
     for name, title in zip(args.models, titles(args.models), strict=True):
         models[title] = read_model(_raw(name), args.layers)
-        with renamed(lambda field: "--nproc-per-node" if field == "tensor_model_parallel_size" else field):
-            check_tp_size(models[title][0], ranks)
+        check_ranks(models[title][0], ranks)
     return Asked(models, dtype)
 
 

@@ -1,4 +1,4 @@
-"""What the tools that time and check share: ranks, conditions, timing, bits; shapes; and how every tool prints."""
+"""What the tools that time and check share: ranks, conditions, timing, bits; and how every tool prints."""
 
 import gc
 import os
@@ -276,17 +276,6 @@ def same_bits(x: torch.Tensor) -> bool:
     theirs = mine.clone()
     dist.broadcast(theirs, 0)
     return largest(float(not torch.equal(mine, theirs)), x.device) == 0
-
-
-# --- Options --------------------------------------------------------------------------------------------------------
-
-
-def read_shape(text: str) -> tuple[int, int]:
-    """Prompts and tokens of each, of PROMPTSxTOKENS."""
-    batch, _, length = text.partition("x")
-    if not all(part.isascii() and part.isdigit() and int(part) for part in (batch, length)):
-        raise UserError("--shapes", text, "is no batch of prompts", "prompts x tokens, such as 8x2048")
-    return int(batch), int(length)
 
 
 # --- Output ---------------------------------------------------------------------------------------------------------

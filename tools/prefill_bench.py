@@ -9,8 +9,9 @@ from bench_models import MambaSsm, Ours, Pass, differences, free_memory, recipes
 from bench_options import Asked, add_common, check_pure_ssm
 from inference_report import OURS, RIVAL, Cell, report, with_ratios
 from layer_parts import OUTSIDE, seconds_by_part
-from measure import largest, pass_seconds, read_shape, tried, version_of
+from measure import largest, pass_seconds, tried, version_of
 from megatron.core.process_groups_config import ProcessGroupCollection
+from options import read_shape
 
 from megatron_ssm_tp.cli.console import is_speaker
 from megatron_ssm_tp.config import Mamba1Config

@@ -7,7 +7,6 @@ nats a token, how often both have the same likeliest token, and perplexity.
 import argparse
 import math
 import os
-import warnings
 from collections import Counter
 from collections.abc import Mapping
 from datetime import date
@@ -17,10 +16,11 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
+from options import check_ranks
 
 from megatron_ssm_tp import UserError
 from megatron_ssm_tp.checkpoint.loader import ModelCheckpoint, load_parameters, open_model
-from megatron_ssm_tp.cli.console import Parser
+from megatron_ssm_tp.cli.console import Parser, quieted
 from megatron_ssm_tp.comm.recipe_book import RecipeBook
 from megatron_ssm_tp.compat.cpu import megatron_on_cpu
 from megatron_ssm_tp.inference.distributed import join
@@ -221,7 +221,7 @@ def open_setting(args: argparse.Namespace) -> Setting:
     Raises:
         UserError: an option's value, the checkpoint or the text; the same on every rank.
     """
-    warnings.filterwarnings("ignore")  # what Megatron says while it runs is for those who develop it
+    quieted()
     device, groups = join(None)
 
     def read() -> tuple[ModelCheckpoint, torch.Tensor]:
@@ -232,6 +232,7 @@ def open_setting(args: argparse.Namespace) -> Setting:
             legal = "2 or more (torchrun --nproc-per-node)"
             raise UserError("number of ranks", 1, "nothing is reduced", legal)
         checkpoint = open_model(args.load)
+        check_ranks(checkpoint.config, groups.tp.size())
         ids = _read_ids(args, load_tokenizer(Path(args.load), checkpoint.config))
         return checkpoint, cut(ids, args.windows, args.seq_len, args.text_option)
 
