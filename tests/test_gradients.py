@@ -1,11 +1,19 @@
 """Training's kernels in Triton's interpreter, on the CPU: outputs and gradients against the references in float64."""
 
+import sys
+from pathlib import Path
+
 import grad_jobs as jobs
 import pytest
 import torch
 from grad_jobs import Case
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from megatron_ssm_tp.ops import reference
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
+import check_gradients
 
 pytest.importorskip("triton")
 SMALL = {"chunk": 4, "sub": 2, "tile": 64}
@@ -102,3 +110,30 @@ def test_groups_are_such_that_programs_end_together(slots, blocks, programs, exp
 )
 def test_kernels_compile_for_gpus_that_are_not_here(module, kernel, constants):
     assert ".target sm_90" in jobs.compile_for_hopper(module, kernel, constants)
+
+
+def test_cases_on_gpus():
+    """Of the dtypes, lengths and slopes that are promised, none is lost."""
+    assert check_gradients.LIMITS[torch.float16] <= check_gradients.LIMITS[torch.bfloat16]
+    cases = [case for case in check_gradients.CASES.values() if case.d_state == 16]  # of all dtypes
+    assert any(case.initial for case in cases) and any((case.length, case.channels) == (4096, 256) for case in cases)
+
+
+@pytest.mark.parametrize("dtype", check_gradients.LIMITS, ids=str)
+@pytest.mark.parametrize("fault", [None, "dx", "dinitial"])
+def test_a_wrong_gradient_is_seen_on_gpus(monkeypatch, capsys, fault, dtype):
+    """That of the states before too; the last states have a slope."""
+    sound = check_gradients.outputs_and_gradients
+
+    def found(operator, given, slopes):
+        assert slopes.keys() == {"y", "final"}
+        tensors = sound(operator, given, slopes)
+        return tensors | ({fault: tensors[fault] * 1.01} if fault else {})
+
+    case = Case(2, 40, 16, initial=True, dtype=dtype)
+    monkeypatch.setattr(check_gradients, "outputs_and_gradients", found)
+    for name, inputs, width in (("scan", jobs.scan_inputs(case), 16), ("conv", jobs.conv_inputs(case, 4, True), 4)):
+        operator = {"scan": reference.selective_scan, "conv": reference.causal_conv1d}[name]
+        good = check_gradients.compare(name, case, {"truth": operator, "ours": operator}, inputs, width)
+        assert good == (fault is None)
+    assert "dinitial" in capsys.readouterr().out
