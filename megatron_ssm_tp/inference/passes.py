@@ -55,7 +55,9 @@ class Passes:
             return
         for rows, prompts in product(TOKENS, PROMPTS):
             self.padded([], 0, rows, prompts)
-        self.logits([(self.table.slots, [0] * max_tokens)], 1)
+        nobody = self.table.slots
+        self.logits([(nobody, [0] * max_tokens)], 1)
+        self.logits([(nobody, [0] * max_tokens), (nobody, [0])], 1)
 
     def padded(
         self, parts: Sequence[tuple[int, Sequence[int]]], count: int, rows: int, prompts: int

@@ -32,7 +32,7 @@ def split_bcdt(bcdt: torch.Tensor, dt_rank: int, d_state: int, eps: float | None
     return dt, bc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def split_rows(
     x_ptr,
     dt_ptr,

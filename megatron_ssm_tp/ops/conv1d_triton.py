@@ -11,7 +11,7 @@ from .elementwise_triton import silu
 from .lanes_triton import sequence_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sequences"])
 def conv1d_chunks(
     x_ptr,
     weight_ptr,

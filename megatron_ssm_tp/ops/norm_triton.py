@@ -67,7 +67,7 @@ def tile_of(columns: int, how: Launch | None = None) -> tuple[int, int, int]:
     return rows, width, warps
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def normalize_rows(
     x_ptr,
     residual_ptr,

@@ -25,7 +25,7 @@ from .lanes_triton import channels_of, chunk_of, load_state, pair_of, store_stat
 FOUR = tl.constexpr(4)  # tokens that are loaded, and computed, together
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sequences", "chunk"])
 def scan_chunks(
     x_ptr,
     dt_ptr,

@@ -15,7 +15,7 @@ from .ssd_tiles_triton import load_decays, load_state, load_tile, store_state
 _FORGOTTEN = tl.constexpr(-150.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sequences"])
 def block_decays(
     dt_ptr,
     A_ptr,
@@ -51,7 +51,7 @@ def block_decays(
         tl.store(total_ptr + out, total, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sequences", "chunk"])
 def chunk_states(
     x_ptr,
     B_ptr,

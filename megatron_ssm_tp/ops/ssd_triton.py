@@ -20,7 +20,7 @@ from .ssd_states_triton import next_state, state_before
 from .ssd_tiles_triton import load_decays, load_state, load_tile, store_state, store_tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sequences", "chunk"])
 def scan_chunks(
     x_ptr,
     B_ptr,
