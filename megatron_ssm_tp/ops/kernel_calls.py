@@ -3,8 +3,8 @@
 Triton looks at every argument of every launch to find the variant that it compiled for such arguments. Where shapes,
 dtypes and alignments are those of an earlier call, that is known: in a model of 64 equal layers all but the first.
 
-What differs from pass to pass (numbers of tokens, of prompts, of tokens in a chunk) a kernel that does not gain by it is
-not specialized for: every variant is compiled when it is first met, which takes seconds.
+What differs from pass to pass (numbers of tokens, of prompts, of tokens in a chunk) is what kernels that do not gain
+by it are not specialized for: a variant is compiled when it is first met, which takes seconds.
 """
 
 from dataclasses import dataclass
