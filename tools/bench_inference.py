@@ -30,6 +30,8 @@ with quiet_imports():
     import decode_bench
     import prefill_bench
     import prefix_bench
+    import request_bench
+    import scaling_bench
     import serve_bench
     from bench_options import Asked, read_common
 
@@ -40,6 +42,8 @@ COMMANDS = {
     "decode": (decode_bench, "steps of decoding, a token a request each"),
     "serve": (serve_bench, "a load of requests that come one by one, or a soak of all kinds"),
     "prefix": (prefix_bench, "the first token with and without a kept prefix"),
+    "requests": (request_bench, "whole requests, prompts and their answers"),
+    "scaling": (scaling_bench, "all of it on 1, 2 and 4 ranks, which it starts itself"),
 }
 
 
@@ -60,6 +64,8 @@ def check(args: argparse.Namespace, ranks: int) -> Asked:
 
 def run(args: argparse.Namespace) -> None:
     quieted()
+    if args.command == "scaling":
+        return scaling_bench.run(args)
     os.environ.update(NO_MULTICAST)
     began = perf_counter()
     device, groups = join(None)
