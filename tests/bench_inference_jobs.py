@@ -74,7 +74,8 @@ def benched(raw: dict, arguments: list[str]) -> tuple[list[inference_report.Cell
     with mock.patch.dict(bench_models.MODELS, {"tiny": raw}):
         args = bench.read_args(["prefill", "--models", "tiny", *arguments])
         asked = bench.check(args, 2)
-    made, cells = prefill_bench.PrefillBench("tiny", asked, args, tensor_parallel_groups(None), CPU), []
+    setting = bench.Setting(args, asked, tensor_parallel_groups(None), CPU, {})
+    made, cells = prefill_bench.PrefillBench("tiny", setting), []
     with mock.patch.object(measure, "PASS_SECONDS", 0.01):
         made.run(cells)
     return inference_report.with_ratios(cells), made.notes
@@ -87,5 +88,5 @@ def steps(raw: dict, arguments: list[str]) -> list[decode_bench.DecodeCell]:
         args = bench.read_args(["decode", "--models", "tiny", *arguments])
         groups = tensor_parallel_groups(None)
         asked = bench.check(args, groups.tp.size())
-        decode_bench.DecodeBench("tiny", asked, args, groups, CPU).run(cells)
+        decode_bench.DecodeBench("tiny", bench.Setting(args, asked, groups, CPU, {})).run(cells)
     return cells

@@ -23,7 +23,7 @@ def ran(command: str, arguments: list[str], report: Path) -> tuple[dict, str]:
         )
         asked = jobs.bench.check(args, groups.tp.size())
         try:
-            jobs.bench.COMMANDS[command][0].run(args, asked, groups, jobs.CPU, {})
+            jobs.bench.COMMANDS[command][0].run(jobs.bench.Setting(args, asked, groups, jobs.CPU, {}))
         except UserError as mistake:
             error = str(mistake)
     return json.loads(report.read_text()), error

@@ -33,7 +33,7 @@ with quiet_imports():
     import request_bench
     import scaling_bench
     import serve_bench
-    from bench_options import Asked, read_common
+    from bench_options import Asked, Setting, read_common
 
     from megatron_ssm_tp.inference.distributed import join
 
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
     found = conditions(device)
     say(in_words(found) + "\n")
     with lost_peers_reported():
-        COMMANDS[args.command][0].run(args, asked, groups, device, found)
+        COMMANDS[args.command][0].run(Setting(args, asked, groups, device, found))
     say(f"{perf_counter() - began:.0f} s in all.")
     dist.barrier()
     dist.destroy_process_group()

@@ -21,7 +21,9 @@ from megatron_ssm_tp.comm.recipes import AllReduceRecipe, recipe_by_name
 from megatron_ssm_tp.compat.cpu import megatron_on_cpu
 from megatron_ssm_tp.config import Layer, Mamba1Config, ModelConfig
 from megatron_ssm_tp.errors import UserError
+from megatron_ssm_tp.inference.engine import SlotEngine
 from megatron_ssm_tp.inference.megatron_engine import megatron_inference
+from megatron_ssm_tp.inference.slots import SlotTable
 from megatron_ssm_tp.inference.state import CacheLimits, inference_config
 from megatron_ssm_tp.layers.model import build_model
 
@@ -136,6 +138,13 @@ class Ours:
     def parameters_here(self) -> int:
         """Parameters on this rank."""
         return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def engine(self, slots: int, max_tokens: int) -> SlotEngine:
+        """Our engine around the model, which has SSM layers alone; states are float32."""
+        weight = self.model.embedding.word_embeddings.weight
+        sizes = (self.config, self.groups.tp.size(), slots)
+        table = SlotTable(*sizes, weight.device, self.model.config.params_dtype, torch.float32)
+        return SlotEngine(self.model, table, max_tokens)
 
     def prefill(self, batch: int, length: int) -> Pass:
         """A pass over `batch` prompts, packed, in the engine's own context and with its own wrapper around the model.

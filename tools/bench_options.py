@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from bench_models import MODELS, read_model, recipes_of
+from bench_models import MODELS, Ours, free_memory, read_model, recipes_of
+from megatron.core.process_groups_config import ProcessGroupCollection
 from options import check_ranks
 from report_files import check_reports
 
@@ -28,6 +29,23 @@ class Asked:
 
     models: dict[str, tuple[ModelConfig, int]]
     dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a subcommand runs in: its options, as they are and checked, the ranks, this rank's device, and what is said
+    of the machine."""
+
+    args: argparse.Namespace
+    asked: Asked
+    groups: ProcessGroupCollection
+    device: torch.device
+    conditions: dict[str, str]
+
+    def model(self, name: str, longest: int = 1) -> Ours:
+        """This package's model of that title, for prompts of so many tokens where Megatron's context reads them."""
+        free_memory()
+        return Ours(self.asked.models[name][0], self.groups, self.device, self.asked.dtype, longest)
 
 
 def add_common(parser: argparse.ArgumentParser, models: Sequence[str] = ("falcon-mamba-7b",)) -> None:

@@ -14,10 +14,9 @@ from typing import NamedTuple
 
 import torch
 from bench_models import MambaSsm, Ours, draw_tokens, free_memory, recipes_of, rival_of
-from bench_options import Asked, add_common, check_counts, check_pure_ssm, read_dtype
+from bench_options import Asked, Setting, add_common, check_counts, check_pure_ssm, read_dtype
 from inference_report import OURS, RIVAL
 from measure import largest, markdown, tried
-from megatron.core.process_groups_config import ProcessGroupCollection
 from report_files import write_json
 
 from megatron_ssm_tp.cli.console import is_speaker, say
@@ -53,21 +52,15 @@ def check(args: argparse.Namespace, asked: Asked) -> None:
         read_dtype("--ssm-dtypes", dtype)
 
 
-def run(
-    args: argparse.Namespace,
-    asked: Asked,
-    groups: ProcessGroupCollection,
-    device: torch.device,
-    found: dict[str, str],
-) -> None:
+def run(setting: Setting) -> None:
     """Measure and report, what there is of it, if it is interrupted too."""
     cells: list[DecodeCell] = []
     try:
-        for name in asked.models:
-            DecodeBench(name, asked, args, groups, device).run(cells)
+        for name in setting.asked.models:
+            DecodeBench(name, setting).run(cells)
     finally:
         if cells and is_speaker():
-            report_decode(args, found, cells)
+            report_decode(setting.args, setting.conditions, cells)
 
 
 class DecodeCell(NamedTuple):
@@ -170,16 +163,13 @@ def decode_table(cells: list[DecodeCell]) -> str:
 class DecodeBench:
     """All that is measured of one model's steps."""
 
-    def __init__(
-        self, name: str, asked: Asked, args: argparse.Namespace, groups: ProcessGroupCollection, device: torch.device
-    ) -> None:
-        self.name, (self.config, self.whole) = name, asked.models[name]
-        self.dtype, self.ssm_dtypes = asked.dtype, [getattr(torch, dtype) for dtype in args.ssm_dtypes]
-        self.args, self.groups, self.device = args, groups, device
+    def __init__(self, name: str, setting: Setting) -> None:
+        self.name, self.setting, self.args, self.device = name, setting, setting.args, setting.device
+        self.config, self.whole = setting.asked.models[name]
+        self.ssm_dtypes = [getattr(torch, dtype) for dtype in setting.args.ssm_dtypes]
 
     def run(self, cells: list[DecodeCell]) -> None:
-        free_memory()
-        ours = Ours(self.config, self.groups, self.device, self.dtype, 1)
+        ours = self.setting.model(self.name)
         layers = len(self.config.layers)
         say(f"{self.name}: {layers} of {self.whole} layers, {ours.parameters_here / 1e9:.3g} B parameters a rank")
         for recipe, ssm_dtype, batch in product(self.args.recipes, self.ssm_dtypes, self.args.batches):
@@ -195,7 +185,7 @@ class DecodeBench:
     def _rival(self, cells: list[DecodeCell]) -> None:
         theirs, missing = None, "its graph needs a GPU"
         if self.device.type == "cuda":
-            theirs, missing = rival_of(self.config, self.groups, self.device, self.dtype)
+            theirs, missing = rival_of(self.config, self.setting.groups, self.device, self.setting.asked.dtype)
         if theirs is None:
             say(f"{RIVAL} is not measured: {missing}")
             return

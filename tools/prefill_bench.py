@@ -6,11 +6,10 @@ from itertools import product
 
 import torch
 from bench_models import MambaSsm, Ours, Pass, differences, free_memory, recipes_of, rival_of
-from bench_options import Asked, add_common, check_pure_ssm
+from bench_options import Asked, Setting, add_common, check_pure_ssm
 from inference_report import OURS, RIVAL, Cell, report, with_ratios
 from layer_parts import OUTSIDE, seconds_by_part
 from measure import largest, pass_seconds, tried, version_of
-from megatron.core.process_groups_config import ProcessGroupCollection
 from options import read_shape
 
 from megatron_ssm_tp.cli.console import is_speaker
@@ -53,40 +52,31 @@ def check(args: argparse.Namespace, asked: Asked) -> None:
             raise UserError("--passes", X_PROJ, f"{title} has no x_proj", f"{WHOLE}, {HALVES}")
 
 
-def run(
-    args: argparse.Namespace,
-    asked: Asked,
-    groups: ProcessGroupCollection,
-    device: torch.device,
-    found: dict[str, str],
-) -> None:
+def run(setting: Setting) -> None:
     """Measure and report, what there is of it, if it is interrupted too."""
     cells: list[Cell] = []
     notes: dict[str, list[str]] = {}
     try:
-        for name in asked.models:
-            bench = PrefillBench(name, asked, args, groups, device)
+        for name in setting.asked.models:
+            bench = PrefillBench(name, setting)
             notes[name] = bench.notes
             bench.run(cells)
     finally:
         if cells and is_speaker():
-            report(args, found, with_ratios(cells), notes)
+            report(setting.args, setting.conditions, with_ratios(cells), notes)
 
 
 class PrefillBench:
     """All that is measured of one model, appended to `cells`, so that what was measured before an error is there."""
 
-    def __init__(
-        self, name: str, asked: Asked, args: argparse.Namespace, groups: ProcessGroupCollection, device: torch.device
-    ) -> None:
-        self.name, self.asked, self.args, self.groups, self.device = name, asked, args, groups, device
-        self.shapes = [read_shape(text) for text in args.shapes]
-        self.config, self.whole = asked.models[name]
+    def __init__(self, name: str, setting: Setting) -> None:
+        self.name, self.setting, self.args, self.device = name, setting, setting.args, setting.device
+        self.shapes = [read_shape(text) for text in setting.args.shapes]
+        self.config, self.whole = setting.asked.models[name]
         self.notes: list[str] = []
 
     def run(self, cells: list[Cell]) -> None:
-        free_memory()
-        ours = Ours(self.config, self.groups, self.device, self.asked.dtype, max(length for _, length in self.shapes))
+        ours = self.setting.model(self.name, max(length for _, length in self.shapes))
         here = ours.parameters_here
         self.notes.append(f"{len(self.config.layers)} of {self.whole} layers, {here / 1e9:.3g} B parameters a rank")
         for shape in self.shapes:
@@ -115,7 +105,7 @@ class PrefillBench:
         return found
 
     def _rival(self) -> list[Cell]:
-        theirs, missing = rival_of(self.config, self.groups, self.device, self.asked.dtype)
+        theirs, missing = rival_of(self.config, self.setting.groups, self.device, self.setting.asked.dtype)
         if theirs is None:
             self.notes.append(f"{RIVAL} is not measured: {missing}")
             return []

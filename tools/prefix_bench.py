@@ -9,20 +9,17 @@ from statistics import median
 from time import perf_counter
 
 import torch
-from bench_models import Ours, draw_tokens, free_memory
-from bench_options import Asked, add_common, check_counts, check_pure_ssm
+from bench_models import Ours, draw_tokens
+from bench_options import Asked, Setting, add_common, check_counts, check_pure_ssm
 from measure import largest, markdown
 from megatron.core.inference.sampling_params import SamplingParams
-from megatron.core.process_groups_config import ProcessGroupCollection
 from report_files import write_json
 from serve_load import reader
 
 from megatron_ssm_tp.cli.console import is_speaker, say
 from megatron_ssm_tp.errors import UserError
-from megatron_ssm_tp.inference.engine import SlotEngine
 from megatron_ssm_tp.inference.prefix_cache import PrefixCache
 from megatron_ssm_tp.inference.requests import Request
-from megatron_ssm_tp.inference.slots import SlotTable
 
 REPEATS, ANSWER, SLOTS = 5, 8, 4
 
@@ -44,20 +41,13 @@ def check(args: argparse.Namespace, asked: Asked) -> None:
         raise UserError("--recipes", args.recipes, "are not compared here", "none")
 
 
-def run(
-    args: argparse.Namespace,
-    asked: Asked,
-    groups: ProcessGroupCollection,
-    device: torch.device,
-    found: dict[str, str],
-) -> None:
-    rows: list[dict] = []
+def run(setting: Setting) -> None:
+    args, rows = setting.args, []
     try:
-        for name, (config, _) in asked.models.items():
-            free_memory()
-            ours = Ours(config, groups, device, asked.dtype, 1)
+        for name in setting.asked.models:
+            ours = setting.model(name)
             for length in args.prefixes:
-                rows.append({"model": name, **_measure(ours, length, args, device)})
+                rows.append({"model": name, **_measure(ours, length, args, setting.device)})
     finally:
         if rows and is_speaker():
             header = [
@@ -82,16 +72,14 @@ def run(
                 for row in rows
             ]
             say(f"\n{markdown(header, lines)}\n")
-            write_json(args.json, {"conditions": found, "options": vars(args), "rows": rows})
+            write_json(args.json, {"conditions": setting.conditions, "options": vars(args), "rows": rows})
 
 
 def _measure(ours: Ours, length: int, args: argparse.Namespace, device: torch.device) -> dict:
     """Seconds are of the slowest rank; every rank has the same answers."""
     config, tokens = ours.config, length + args.suffix
-    sizes = (config, ours.groups.tp.size(), SLOTS)
-    table = SlotTable(*sizes, device, ours.model.config.params_dtype, torch.float32)
-    engine = SlotEngine(ours.model, table, args.max_tokens)
-    reads = reader(table, config.vocab_size, tokens + ANSWER)
+    engine = ours.engine(SLOTS, args.max_tokens)
+    reads = reader(engine.table, config.vocab_size, tokens + ANSWER)
     drawn = draw_tokens(2 * REPEATS + 2, tokens, config.vocab_size).tolist()
     unseen, prefix = drawn[: REPEATS + 1], drawn[-1][:length]
     prompts = [prefix + other[length:] for other in drawn[: REPEATS + 1]]
@@ -119,5 +107,5 @@ def _measure(ours: Ours, length: int, args: argparse.Namespace, device: torch.de
     warm, found = answered([asked(prompt) for prompt in prompts])
     assert engine.prefixes.counts.hits >= len(prompts), "a prefix was not found"
     equal = sum(one == other for one, other in zip(found[1:], expected[1:], strict=True))
-    kept = table.snapshot(0).nbytes
+    kept = engine.table.snapshot(0).nbytes
     return {"prefix": length, "cold_ms": cold * 1e3, "warm_ms": warm * 1e3, "equal": equal, "bytes": kept}

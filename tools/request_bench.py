@@ -10,18 +10,15 @@ from time import perf_counter
 
 import torch
 from bench_models import Ours, draw_tokens, free_memory, recipes_of
-from bench_options import Asked, add_common, check_counts, check_pure_ssm
+from bench_options import Asked, Setting, add_common, check_counts, check_pure_ssm
 from measure import largest, markdown, tried
 from megatron.core.inference.sampling_params import SamplingParams
-from megatron.core.process_groups_config import ProcessGroupCollection
 from options import read_shape
 from report_files import write_json
 from serve_load import reader
 
 from megatron_ssm_tp.cli.console import is_speaker, say
-from megatron_ssm_tp.inference.engine import SlotEngine
 from megatron_ssm_tp.inference.requests import Request
-from megatron_ssm_tp.inference.slots import SlotTable
 from megatron_ssm_tp.layers.row_parallel import set_recipes
 
 REPEATS = 5
@@ -43,19 +40,12 @@ def check(args: argparse.Namespace, asked: Asked) -> None:
     check_counts("--max-tokens", [args.max_tokens], "tokens")
 
 
-def run(
-    args: argparse.Namespace,
-    asked: Asked,
-    groups: ProcessGroupCollection,
-    device: torch.device,
-    found: dict[str, str],
-) -> None:
+def run(setting: Setting) -> None:
     """Measure and report, what there is of it, if it is interrupted too."""
-    cells: list[dict] = []
+    args, device, cells = setting.args, setting.device, []
     try:
-        for name, (config, _) in asked.models.items():
-            free_memory()
-            ours = Ours(config, groups, device, asked.dtype, 1)
+        for name in setting.asked.models:
+            ours = setting.model(name)
             for recipe, shape in product(args.recipes, map(read_shape, args.shapes)):
                 set_recipes(ours.model, recipes_of(recipe))
                 seconds, note = tried(lambda shape=shape, ours=ours: _seconds(ours, *shape, args, device), device)
@@ -66,7 +56,7 @@ def run(
         if cells and is_speaker():
             rows = [_row(cell) for cell in cells]
             say(f"\n{markdown(['model', 'sums', 'prompts x tokens', 's a batch', 'requests/s'], rows)}\n")
-            write_json(args.json, {"conditions": found, "options": vars(args), "cells": cells})
+            write_json(args.json, {"conditions": setting.conditions, "options": vars(args), "cells": cells})
 
 
 def _row(cell: dict) -> list[str]:
@@ -77,11 +67,9 @@ def _row(cell: dict) -> list[str]:
 
 def _seconds(ours: Ours, batch: int, length: int, args: argparse.Namespace, device: torch.device) -> float:
     """The median time to answer the batch, but for the first time."""
-    sizes = (ours.config, ours.groups.tp.size(), batch)
-    table = SlotTable(*sizes, device, ours.model.config.params_dtype, torch.float32)
-    engine = SlotEngine(ours.model, table, args.max_tokens)
+    engine = ours.engine(batch, args.max_tokens)
     params = SamplingParams(temperature=0.0, num_tokens_to_generate=args.new_tokens, termination_id=-1)
-    reads = reader(table, ours.config.vocab_size, length + args.new_tokens)
+    reads = reader(engine.table, ours.config.vocab_size, length + args.new_tokens)
     prompts, times = draw_tokens(batch, length, ours.config.vocab_size).tolist(), []
     for _ in range(1 + REPEATS):
         requests: list[Request] = reads.read(prompts, params)

@@ -15,8 +15,8 @@ from time import perf_counter
 import psutil
 import torch
 import torch.distributed as dist
-from bench_models import Ours, free_memory
-from bench_options import Asked, add_common, check_counts, check_pure_ssm
+from bench_models import free_memory
+from bench_options import Asked, Setting, add_common, check_counts, check_pure_ssm
 from measure import in_words, markdown
 from megatron.core.process_groups_config import ProcessGroupCollection
 from report_files import write_json, write_plot
@@ -26,7 +26,6 @@ from serve_loop import Served, Serving
 from megatron_ssm_tp.cli.console import is_speaker, say
 from megatron_ssm_tp.errors import UserError
 from megatron_ssm_tp.inference.engine import SlotEngine
-from megatron_ssm_tp.inference.slots import SlotTable
 
 GPU_GROWTH, HOST_GROWTH = 64 << 20, 256 << 20  # bytes that a soak may end with more than it had after a third
 CHECKS = ("unanswered", "stalled", "slots", "GPU memory", "host memory", "refused without reason")
@@ -64,39 +63,24 @@ def check(args: argparse.Namespace, asked: Asked) -> None:
         raise UserError("--recipes", args.recipes, "are not compared here", "none")
 
 
-def run(
-    args: argparse.Namespace,
-    asked: Asked,
-    groups: ProcessGroupCollection,
-    device: torch.device,
-    found: dict[str, str],
-) -> None:
-    rows: list[dict] = []
-    broken: list[str] = []
+def run(setting: Setting) -> None:
+    args, rows, broken = setting.args, [], []
     try:
-        for name, (config, _) in asked.models.items():
-            free_memory()
-            ours = Ours(config, groups, device, asked.dtype, 1)
-            engine, began = _engine(ours, args, device), perf_counter()
+        for name, (config, _) in setting.asked.models.items():
+            engine, began = setting.model(name).engine(args.max_requests, args.max_tokens), perf_counter()
             engine.warm_up()
             say(f"{name}: kernels compiled and graphs made in {perf_counter() - began:.0f} s")
             if args.soak:
-                broken += _soak(name, engine, args, config.vocab_size, groups, rows)
+                broken += _soak(name, engine, args, config.vocab_size, setting.groups, rows)
                 continue
             for rate in args.rates:
-                served = _serve(engine, args, config.vocab_size, groups, rate, args.seconds)
+                served = _serve(engine, args, config.vocab_size, setting.groups, rate, args.seconds)
                 rows.append(_row(name, rate, served))
     finally:
         if rows and is_speaker():
-            _report(args, found, rows)
+            _report(args, setting.conditions, rows)
     if broken:
         raise UserError("--soak", "; ".join(broken), "does not hold", "none of " + ", ".join(CHECKS))
-
-
-def _engine(ours: Ours, args: argparse.Namespace, device: torch.device) -> SlotEngine:
-    sizes = (ours.config, ours.groups.tp.size(), args.max_requests)
-    table = SlotTable(*sizes, device, ours.model.config.params_dtype, torch.float32)
-    return SlotEngine(ours.model, table, args.max_tokens)
 
 
 def _serve(
