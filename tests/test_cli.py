@@ -97,8 +97,8 @@ def test_sampling_options_and_seed():
 
 
 def test_engines_and_what_one_of_them_keeps():
-    options = ["--load", MAMBA, "--prompt", "And God said", "--max-new-tokens", 12, "--dtype", "float32", "--json"]
-    wanted = [[], ["--engine", "megatron"], ["--prefix-bytes", 1 << 20], ["--repetition-penalty", 1.5]]
+    options = ["--load", MAMBA, "--prompt", "And God said", "--max-new-tokens", 40, "--dtype", "float32", "--json"]
+    wanted = [[], ["--engine", "megatron"], ["--prefix-bytes", 1 << 20], ["--repetition-penalty", 100]]
     found = [json.loads(run("generate", *options, *more).stdout) for more in wanted]
     assert [report["engine"] for report in found] == ["slots", "megatron", "slots", "slots"]
     texts = [report["outputs"][0]["text"] for report in found]
