@@ -135,11 +135,16 @@ class SlotEngine(OneRun, AbstractEngine):
 
     def step(self) -> list[Progress]:
         """Launch a pass over prompts and a burst, if there is something to launch, and tell what has come meanwhile."""
+        found: list[Progress] = []
         with inference_active(), torch.inference_mode():
             self._admit()
             launched = self._read()
+            if not self.bursts.ahead:
+                while self._in_flight:
+                    found += self._look()
+                if found:
+                    return found  # first tokens do not wait for the burst behind them
             launched |= self._decode()
-        found: list[Progress] = []
         while self._in_flight and len(self._in_flight) > (self.bursts.ahead if launched else 0):
             found += self._look()
             if not launched:
