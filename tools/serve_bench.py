@@ -4,7 +4,7 @@ Requests come at the clock of rank 0, which tells the other ranks before every s
 caller sees: from a request's arrival to its first token, and from there on by token. Prompts' and answers' lengths are
 log-uniform. With --soak the load is one of all kinds: sampled in every way, cancelled at any time, over-long and
 malformed, and what must hold is checked: every accepted request is answered or cancelled, every refused one told why,
-nothing stalls, all slots are free in the end, memory does not grow. Then the status is 1 if something does not hold.
+nothing stalls, all slots are free in the end, memory does not grow. Then the status is 2 if something does not hold.
 """
 
 import argparse
