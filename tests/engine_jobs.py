@@ -66,7 +66,7 @@ def arriving(path: Path, prompts: list[list[int]], counts: list[int], bursts: di
             while left and draw.random() < 0.4:
                 index = left.pop(0)
                 engine.add(index, request_of(prompts[index], counts[index]))
-                if draw.random() < 0.25:
+                if draw.random() < 0.2:
                     cancelled.add(index)
             found |= {progress.index: progress.token_ids for progress in engine.step() if progress.finished}
             if cancelled and draw.random() < 0.3:

@@ -48,7 +48,7 @@ def test_requests_come_and_go(world, tiny, seed, tp):
     for found in world(tp).run(jobs.arriving, model.path, prompts, list(COUNTS), LOOKS[seed % 3], seed):
         assert sorted(found) == list(range(len(prompts)))
         assert all(tokens in (expected[index], "cancelled") for index, tokens in found.items())
-        assert sum(tokens == "cancelled" for tokens in found.values()) <= len(prompts) / 2
+        assert sum(tokens == "cancelled" for tokens in found.values()) < len(prompts) / 2
 
 
 def test_progress_comes_a_burst_at_a_time_and_ends_once(world, tiny):

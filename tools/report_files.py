@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_ssm_tp.cli.files import check_writable, write_whole
+from megatron_ssm_tp.cli.files import check_writable, whole_file, write_whole
 from megatron_ssm_tp.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,10 +34,5 @@ def write_json(path: str | None, content: dict, indent: int = 1) -> None:
 
 def write_plot(figure: "Figure", path: str) -> None:
     """The figure, in the format that the path ends with."""
-    partial = Path(path).with_name(f"partial-{Path(path).name}")
-    try:
-        figure.savefig(partial, dpi=120)
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError("--plot", path, f"cannot be written ({error})", "a file that can be written") from error
+    with whole_file("--plot", path) as partial:
+        figure.savefig(partial, format=Path(path).suffix.removeprefix(".").lower(), dpi=120)

@@ -1,6 +1,8 @@
 """Files that a command writes when its work is done."""
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import UserError
@@ -24,13 +26,20 @@ def check_writable(field: str, path: str | None) -> None:
         raise UserError(field, path, f"cannot be written ({error.strerror})", legal) from None
 
 
-def write_whole(field: str, path: str, text: str) -> None:
-    """All of the file or none of it. Raises UserError: it cannot be written after all."""
+@contextmanager
+def whole_file(field: str, path: str) -> Iterator[Path]:
+    """Where to write what becomes the file once all of it is there. Raises UserError: it cannot be written."""
     file = Path(path)
     partial = file.with_name(file.name + ".partial")
     try:
-        partial.write_text(text, encoding="utf-8")
+        yield partial
         partial.replace(file)
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise UserError(field, path, f"cannot be written ({error})", "a file that can be written") from error
+
+
+def write_whole(field: str, path: str, text: str) -> None:
+    """All of the file or none of it. Raises UserError: see `whole_file`."""
+    with whole_file(field, path) as partial:
+        partial.write_text(text, encoding="utf-8")

@@ -34,6 +34,25 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="may be given several times")
     parser.add_argument("--prompt-file", metavar="FILE", help="one prompt a line; blank lines are passed over")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="for each prompt (128)")
+    _add_sampling(parser)
+    parser.add_argument("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16, float16")
+    parser.add_argument("--tokenizer-model", metavar="FILE", help="a tokenizer.json, or a directory that has one")
+    _add_limits(parser)
+    parser.add_argument(
+        "--engine", default="auto", help="who schedules: slots (models of SSM layers alone), megatron, or auto"
+    )
+    parser.add_argument(
+        "--ops",
+        default="auto",
+        help="who computes convolutions and scans: triton, reference, or auto: see doctor",
+    )
+    _add_reductions(parser)
+    parser.add_argument(
+        "--json", nargs="?", const=STDOUT, metavar="FILE", help="a JSON report: instead of text, or into FILE beside it"
+    )
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--temperature",
         type=float,
@@ -48,8 +67,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--seed", type=int, default=0, help="of sampling: the same seed, prompts and limits give the same text"
     )
-    parser.add_argument("--dtype", default="auto", help="auto (the checkpoint's), float32, bfloat16, float16")
-    parser.add_argument("--tokenizer-model", metavar="FILE", help="a tokenizer.json, or a directory that has one")
+
+
+def _add_limits(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-sequence-length", type=int, default=32768, help="prompt and answer, in tokens")
     parser.add_argument("--max-requests", type=int, default=16, help="prompts that run at once; the others wait")
     parser.add_argument(
@@ -57,20 +77,15 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--max-tokens", type=int, default=2048, help="tokens in one step; longer prompts go in chunks")
     parser.add_argument(
-        "--engine", default="auto", help="who schedules: slots (models of SSM layers alone), megatron, or auto"
-    )
-    parser.add_argument(
         "--prefix-bytes",
         type=int,
         default=0,
         metavar="N",
         help="of states kept after prefixes that prompts share (slots)",
     )
-    parser.add_argument(
-        "--ops",
-        default="auto",
-        help="who computes convolutions and scans: triton, reference, or auto: see doctor",
-    )
+
+
+def _add_reductions(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tp-allreduce-recipe",
         metavar="NAME",
@@ -98,9 +113,6 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         default="halves",
         metavar="WAY",
         help="halves (of the tokens, by turns; models of SSM layers alone) or x_proj (behind z's product; Mamba-1)",
-    )
-    parser.add_argument(
-        "--json", nargs="?", const=STDOUT, metavar="FILE", help="a JSON report: instead of text, or into FILE beside it"
     )
 
 

@@ -1,6 +1,7 @@
 """Conversations that are taken up again: what a request leaves in its slot, to begin another with, now or from disk."""
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,19 +33,24 @@ def save_state(state: ConversationState, directory: str | Path, group: dist.Proc
         UserError: some rank cannot write there; the same on all.
     """
     file = _file(directory, group)
+    partial = file.with_name(file.name + ".partial")
 
     def write() -> None:
-        partial = file.with_name(file.name + ".partial")
         tensors = {"conv": state.snapshot.conv.cpu(), "ssm": state.snapshot.ssm.cpu()}
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             save_file(tensors, partial, {"token_ids": json.dumps(state.token_ids)})
-            partial.replace(file)
         except (OSError, SafetensorError) as error:
             problem = f"cannot be written ({_line(error)})"
             raise UserError("directory", str(directory), problem, "a folder that can be written to") from error
 
-    agree(write, group)
+    try:
+        agree(write, group)  # before any rank's part takes the place of an earlier one
+        partial.replace(file)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
 
 
 def load_state(directory: str | Path, device: torch.device, group: dist.ProcessGroup) -> ConversationState:

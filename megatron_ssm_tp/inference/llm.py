@@ -210,7 +210,7 @@ class LLM:
         """What a server calls before its first request: our engine compiles its kernels and makes its CUDA graphs."""
         engine = self._open_engine()
         if isinstance(engine, SlotEngine):
-            with lost_peers_reported():
+            with lost_peers_reported(), self._step():
                 engine.warm_up()
 
     def cache_prefix(self, prompt: Prompt) -> None:

@@ -55,7 +55,7 @@ class Reader:
         state: ConversationState | None,
         return_state: bool,
     ) -> Request:
-        resumed = state is not None and not len(prompt)  # an answer goes on where it ended
+        resumed = state is not None and isinstance(prompt, Sequence) and not prompt  # an answer goes on where it ended
         ids = [] if resumed else read_prompt(field, prompt, params, self.tokenizer, self.limits, state is None)
         ends = self.end_ids if params.termination_id is None else (params.termination_id,)
         words, word_ids = read_stop_words(params, self.tokenizer)

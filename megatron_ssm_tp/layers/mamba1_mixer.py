@@ -38,7 +38,7 @@ from ..partition.layout import state_shapes
 from ..partition.parameters import mamba1_parameters
 from .initialization import filled_later, initialize_mamba1
 from .lean_linear import LeanColumnParallelLinear, is_lean
-from .mixer import SSMMixer, Tensors
+from .mixer import Packed, SSMMixer, Tensors
 from .row_parallel import partial_product, reduce_partial
 from .sharding import sharers
 from .side_stream import SideStream
@@ -172,15 +172,8 @@ class Mamba1Mixer(SSMMixer):
     def scan(self, tokens: Tensors, state: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         return self.ops.selective_scan(*self._scan_arguments(tokens), state)
 
-    def ssm_prefill(
-        self,
-        tokens: Tensors,
-        states: torch.Tensor,
-        slots: torch.Tensor,
-        cu_seqlens: torch.Tensor,
-        longest: int | None = None,
-    ) -> torch.Tensor:
-        where = (states, slots, cu_seqlens)
+    def ssm_prefill(self, tokens: Tensors, packed: Packed) -> torch.Tensor:
+        *where, longest = packed
         return self.ops.selective_scan_varlen(*self._scan_arguments(tokens), *where, longest=longest)
 
     def ssm_decode(self, tokens: Tensors, states: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:

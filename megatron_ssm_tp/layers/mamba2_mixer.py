@@ -29,7 +29,7 @@ from ..partition.layout import state_shapes
 from ..partition.parameters import mamba2_parameters
 from .gated_norm import GatedRMSNorm, NormCase
 from .initialization import initialize_mamba2
-from .mixer import SSMMixer, Tensors
+from .mixer import Packed, SSMMixer, Tensors
 from .row_parallel import partial_product, reduce_partial
 
 
@@ -117,15 +117,8 @@ class Mamba2Mixer(SSMMixer):
         y, state = ssd_reference.ssd(*self._scan_arguments(tokens), state)
         return y.flatten(-2), state
 
-    def ssm_prefill(
-        self,
-        tokens: Tensors,
-        states: torch.Tensor,
-        slots: torch.Tensor,
-        cu_seqlens: torch.Tensor,
-        longest: int | None = None,
-    ) -> torch.Tensor:
-        where = (states, slots, cu_seqlens)
+    def ssm_prefill(self, tokens: Tensors, packed: Packed) -> torch.Tensor:
+        *where, longest = packed
         return self.ops.ssd_varlen(*self._scan_arguments(tokens), *where, longest=longest).flatten(-2)
 
     def ssm_decode(self, tokens: Tensors, states: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,7 @@ are; this class says which tokens go through them, with which states:
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from megatron.core.inference.contexts import BaseInferenceContext
@@ -27,6 +28,16 @@ from .row_parallel import reduce_partial
 
 States = tuple[torch.Tensor, torch.Tensor]
 Tensors = tuple[torch.Tensor, ...]
+
+
+class Packed(NamedTuple):
+    """Where the states of packed prompts, or parts of them, are: [slots, ..], int [s], int32 [s + 1]; and the tokens of
+    the longest, if the host knows."""
+
+    states: torch.Tensor
+    slots: torch.Tensor
+    cu_seqlens: torch.Tensor
+    longest: int | None = None
 
 
 class SSMMixer(PartitionedModule):
@@ -94,16 +105,8 @@ class SSMMixer(PartitionedModule):
         """Dense [b, l, ..], from an empty state or the one given: output [b, l, D/p] and the state after it."""
         raise TypeError(f"{type(self).__name__} does not define scan")
 
-    def ssm_prefill(
-        self,
-        tokens: Tensors,
-        states: torch.Tensor,
-        slots: torch.Tensor,
-        cu_seqlens: torch.Tensor,
-        longest: int | None = None,
-    ) -> torch.Tensor:
-        """Packed prompts or parts of them [T, ..], the longest of so many tokens, if the host knows: output [T, D/p];
-        states from and into the slots."""
+    def ssm_prefill(self, tokens: Tensors, packed: Packed) -> torch.Tensor:
+        """Packed prompts or parts of them [T, ..]: output [T, D/p]; states from and into the slots."""
         raise TypeError(f"{type(self).__name__} does not define ssm_prefill")
 
     def ssm_decode(self, tokens: Tensors, states: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
@@ -216,7 +219,8 @@ class SSMMixer(PartitionedModule):
             parts.append(self.ssm_decode(_part(inputs, decode), ssm_states, decode_slots))
         if prefills:
             longest = getattr(context, "longest", None)  # Megatron's contexts do not tell
-            parts.append(self.ssm_prefill(_part(inputs, prefill), ssm_states, prefill_slots, cu_seqlens, longest))
+            packed = Packed(ssm_states, prefill_slots, cu_seqlens, longest)
+            parts.append(self.ssm_prefill(_part(inputs, prefill), packed))
         return _joined(parts, tokens, inputs[0].flatten(1)).unsqueeze(1)
 
     def step(self, convolved: torch.Tensor, around: Tensors, states: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
