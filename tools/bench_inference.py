@@ -3,14 +3,8 @@
     python tools/bench_inference.py prefill                                                   # one GPU
     torchrun --standalone --nproc-per-node 2 tools/bench_inference.py prefill --recipes none int8
 
-Weights are random, made on the device.
-
-prefill: a forward pass over prompts packed end to end, with the state cache
-that the engine uses, as the engine calls it; logits of each prompt's last token alone. A pass begins on an idle GPU and
-is waited for; times are medians of 5 to 50 passes, of the slowest rank.
-
-With --layers the first layers of a model are run, and the time of a pass is that of what is around the layers and, for
-each layer of the whole model, the mean time of those that ran.
+Weights are random, made on the device. With --layers the first layers of a model are run, and the time of a whole one
+is told from theirs; what each subcommand measures stands in its module (*_bench.py).
 """
 
 import argparse
@@ -23,7 +17,7 @@ import torch.distributed as dist
 from measure import NO_MULTICAST, conditions, in_words
 
 from megatron_ssm_tp import quiet_imports
-from megatron_ssm_tp.cli.console import Parser, guarded, quieted, say
+from megatron_ssm_tp.cli.console import RUN_ERROR, Parser, guarded, is_speaker, quieted, say
 from megatron_ssm_tp.ranks import agree, lost_peers_reported
 
 with quiet_imports():
@@ -74,10 +68,14 @@ def run(args: argparse.Namespace) -> None:
     found = conditions(device)
     say(in_words(found) + "\n")
     with lost_peers_reported():
-        COMMANDS[args.command][0].run(Setting(args, asked, groups, device, found))
+        failure = COMMANDS[args.command][0].run(Setting(args, asked, groups, device, found))
     say(f"{perf_counter() - began:.0f} s in all.")
+    if failure and is_speaker():
+        print(f"error: {failure}", file=sys.stderr, flush=True)
     dist.barrier()
     dist.destroy_process_group()
+    if failure:
+        sys.exit(RUN_ERROR)
 
 
 if __name__ == "__main__":

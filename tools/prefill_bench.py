@@ -1,4 +1,9 @@
-"""What bench_inference.py prefill measures: a forward pass over prompts packed end to end, as the engine makes it."""
+"""What bench_inference.py prefill measures: a forward pass over prompts packed end to end, as the engine makes it.
+
+The state cache is the engine's; logits are of each prompt's last token alone. A pass begins on an idle GPU and is
+waited for; times are medians of 5 to 50 passes, of the slowest rank. With --layers the time of a pass is that of what
+is around the layers and, for each layer of the whole model, the mean time of those that ran.
+"""
 
 import argparse
 import sys

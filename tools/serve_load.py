@@ -2,7 +2,8 @@
 
 import random
 from collections.abc import Iterator
-from math import exp, log
+from itertools import count
+from math import exp, inf, log
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,19 +18,26 @@ from megatron_ssm_tp.inference.tokenizer import NoTokenizer
 
 WRONG = 0.08  # of a soak's requests
 GIVEN_UP = 0.15
+PATIENCE = {"waiting": 3, "reading": 3, "decoding": 20}  # steps in a stage, fewer than which a request gives up after
 
 
 class Arrival(NamedTuple):
-    """A request that comes `at` seconds; `give_up_after` steps it is cancelled, if it is not answered then."""
+    """A request that comes `at` seconds.
+
+    Args:
+        gives_up: a stage of the engine's, and after how many steps in it the request is cancelled.
+        wrong: the field for which it is to be refused.
+    """
 
     at: float
     prompt: list[int]
     params: SamplingParams
-    give_up_after: int | None = None
+    gives_up: tuple[str, int] | None = None
+    wrong: str | None = None
 
 
 class Load:
-    """An endless Poisson load, the same on every rank for the same seed.
+    """A Poisson load, the same on every rank for the same seed.
 
     Args:
         rate: requests a second.
@@ -50,17 +58,23 @@ class Load:
         self._vocab_size, self._mixed = vocab_size, mixed
         self._draw, self._generator = random.Random(seed), torch.Generator().manual_seed(seed)
 
-    def arrivals(self) -> Iterator[Arrival]:
+    def arrivals(self, seconds: float = inf, requests: int | None = None) -> Iterator[Arrival]:
+        """Those of so many seconds, or so many; without end if neither is given."""
         at = 0.0
-        while True:
+        for _ in count() if requests is None else range(requests):
             at += self._draw.expovariate(self._rate)
-            count = self._length(self._new_tokens)
-            prompt = self._tokens(self._length(self._prompt_tokens))
-            params = self._params(count)
+            if at > seconds:
+                return
+            tokens = self._length(self._new_tokens)
+            prompt, wrong = self._tokens(self._length(self._prompt_tokens)), None
+            params = self._params(tokens)
             if self._mixed and self._draw.random() < WRONG:
-                prompt, params = self._spoilt(prompt, params)
-            given_up = self._mixed and self._draw.random() < GIVEN_UP
-            yield Arrival(at, prompt, params, self._draw.randrange(1, 40) if given_up else None)
+                prompt, wrong = self._spoilt(prompt, params)
+            gives_up = None
+            if self._mixed and self._draw.random() < GIVEN_UP:
+                stage = self._draw.choice(list(PATIENCE))
+                gives_up = stage, self._draw.randrange(PATIENCE[stage])
+            yield Arrival(at, prompt, params, gives_up, wrong)
 
     def _tokens(self, count: int) -> list[int]:
         return torch.randint(0, self._vocab_size, (count,), generator=self._generator).tolist()
@@ -69,8 +83,8 @@ class Load:
         low, high = log(bounds[0]), log(bounds[1] + 1)
         return min(bounds[1], int(exp(low + (high - low) * self._draw.random())))
 
-    def _params(self, count: int) -> SamplingParams:
-        params = SamplingParams(temperature=0.0, num_tokens_to_generate=count, termination_id=-1)
+    def _params(self, tokens: int) -> SamplingParams:
+        params = SamplingParams(temperature=0.0, num_tokens_to_generate=tokens, termination_id=-1)
         if not self._mixed:
             return params
         draw = self._draw
@@ -83,22 +97,20 @@ class Load:
         params.termination_id = draw.choice([-1, draw.randrange(self._vocab_size)])
         return params
 
-    def _spoilt(self, prompt: list[int], params: SamplingParams) -> tuple[list, SamplingParams]:
-        """A request that is to be refused."""
+    def _spoilt(self, prompt: list[int], params: SamplingParams) -> tuple[list[int], str]:
+        """The prompt, and the field that is wrong from now on: the prompt, or one of `params`."""
         kind = self._draw.randrange(6)
-        if kind == 0:
-            prompt = []
-        elif kind == 1:
-            prompt = [*prompt, self._vocab_size]
-        elif kind == 2:
-            prompt = [0] * (self._prompt_tokens[1] + self._new_tokens[1])
-        elif kind == 3:
+        if kind < 3:
+            most = self._prompt_tokens[1] + self._new_tokens[1]
+            return [[], [*prompt, self._vocab_size], [0] * most][kind], "prompts[0]"
+        if kind == 3:
             params.num_tokens_to_generate = 1 << 30
-        elif kind == 4:
+            return prompt, "num_tokens_to_generate"
+        if kind == 4:
             params.temperature = -1.0
-        else:
-            params.top_k, params.top_p = 5, 0.5
-        return prompt, params
+            return prompt, "temperature"
+        params.top_k, params.top_p = 5, 0.5
+        return prompt, "top_p"
 
 
 def reader(table: SlotTable, vocab_size: int, longest: int) -> Reader:

@@ -120,6 +120,10 @@ class SlotEngine(OneRun, AbstractEngine):
         self._unfinished[index] = running = Running(index, request, next(self._ordinals))
         self._waiting.append(running)
 
+    def stage(self, index: int) -> str | None:
+        """What the request of that index is at: "waiting", "reading" or "decoding"; None if none is unfinished."""
+        return self._unfinished[index].stage if index in self._unfinished else None
+
     def cancel(self, index: int) -> bool:
         """Forget the request of that index; whether there was one. No Progress comes of it any more."""
         if index not in self._unfinished:

@@ -73,6 +73,13 @@ class Running:
         return self.request.params.num_tokens_to_generate
 
     @property
+    def stage(self) -> str:
+        """Waiting (for a slot), reading (its prompt) or decoding."""
+        if self.slot < 0:
+            return "waiting"
+        return "reading" if self.read < len(self.prompt) else "decoding"
+
+    @property
     def needs(self) -> SamplingNeeds:
         params = self.request.params
         return SamplingNeeds(
