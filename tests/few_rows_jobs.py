@@ -6,7 +6,7 @@ import torch
 from interpreter import patch_interpreter
 
 from megatron_ssm_tp.ops import dt_step
-from megatron_ssm_tp.ops.few_rows import FewRowsLaunch
+from megatron_ssm_tp.ops.few_rows import FewRowsLaunch, TilesLaunch, joined, pick_launch
 
 ERRORS = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 6e-3}
 
@@ -14,14 +14,30 @@ ERRORS = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 6e-3}
 def product(requests: int, rows: int, columns: int, dtype: torch.dtype, gap: int, launch: FewRowsLaunch | None) -> str:
     patch_interpreter()
     torch.use_deterministic_algorithms(True)  # torch.empty is filled with NaN
-    from megatron_ssm_tp.ops.few_rows_triton import few_rows_linear
+    from megatron_ssm_tp.ops.few_rows_triton import few_rows_product
 
     g = torch.Generator().manual_seed(columns)
     x = torch.randn(requests, columns + gap, generator=g).to(dtype)[:, gap:]
     weight = torch.randn(rows, columns, generator=g).to(dtype)
-    found, expected = few_rows_linear(x, weight, launch), x.double() @ weight.double().T
+    how = launch or pick_launch(rows, columns, requests)
+    found, expected = few_rows_product(x, weight, how), x.double() @ weight.double().T
     error = float((found - expected).abs().max() / expected.abs().max())
     return "" if found.dtype == dtype and error <= ERRORS[dtype] else f"product {error}"
+
+
+def tiles(requests: int, rows: int, columns: int, dtype: torch.dtype, gap: int, launch: TilesLaunch) -> str:
+    patch_interpreter()
+    torch.use_deterministic_algorithms(True)
+    from megatron_ssm_tp.ops.tiles_triton import tiles_product
+
+    g = torch.Generator().manual_seed(columns)
+    x = torch.randn(requests, columns + gap, generator=g).to(dtype)[:, gap:]
+    weight = torch.randn(rows, columns, generator=g).to(dtype)
+    parts, expected = tiles_product(x, weight, launch), x.double() @ weight.double().T
+    if parts.shape != (launch.parts, requests, rows) or parts.dtype != (dtype if launch.parts == 1 else torch.float32):
+        return f"{parts.dtype} {parts.shape}"
+    error = float((joined(parts, dtype) - expected).abs().max() / expected.abs().max())
+    return "" if error <= ERRORS[dtype] else f"product {error}"
 
 
 def step(requests: int, channels: int, dt_rank: int, d_state: int, dtype: torch.dtype, eps: float | None) -> str:

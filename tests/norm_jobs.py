@@ -50,10 +50,13 @@ def compare(case: Case) -> str:
         norm.rms_norm(x, weight, EPS),
         *norm.add_rms_norm(x, residual, weight, EPS),
     ]
+    parts = torch.stack([rows(torch.float32).expand_as(x).contiguous() for _ in range(3)])
+    found += norm_triton.add_rms_norm(parts, residual, weight, EPS, case.launch)
+    expected += norm.add_rms_norm(parts, residual, weight, EPS)
     problem = "" if torch.equal(x, before[0]) and torch.equal(residual, before[1]) else "inputs were written"
-    names = ("norm", "sum", "norm of the sum")
+    names = ("norm", "sum", "norm of the sum", "sum of parts", "norm of the sum of parts")
     for name, ours, theirs in zip(names, found, expected, strict=True):
-        problem += _differ(name, ours, theirs, exact=case.powers or name == "sum")
+        problem += _differ(name, ours, theirs, exact=case.powers or name.startswith("sum"))
     return problem
 
 
@@ -80,9 +83,13 @@ def split(shape: tuple[int, ...], dtype: torch.dtype, sizes: tuple[int, int], ep
     g, (dt_rank, d_state) = torch.Generator().manual_seed(1), sizes
     wide = torch.randint(-2, 3, (*shape, dt_rank + 2 * d_state + 3), generator=g)
     bcdt = torch.exp2(wide).to(dtype)[..., 3:]
-    found, expected = kernel(bcdt, *sizes, eps), split_bcdt(bcdt, *sizes, eps)
+    given = (*sizes, eps, dtype)
+    found, expected = kernel(bcdt[None], *given), split_bcdt(bcdt[None], *given)
     pairs = zip(("dt", "B and C"), found, (expected[0], expected[1].float()), strict=True)
     problem = "".join(_differ(name, ours, theirs, exact=True) for name, ours, theirs in pairs)
+    parts = torch.stack([bcdt * 2, -bcdt, torch.zeros_like(bcdt)]).float()
+    if not all(map(torch.equal, kernel(parts, *given), found)):
+        problem += "parts are added otherwise; "
     if not shape[0]:
         return problem
     heads = shape[2] if len(shape) > 2 else 1

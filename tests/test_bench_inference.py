@@ -274,6 +274,18 @@ def test_decode_as_a_command(tmp_path):
     assert cell["batch"] == 2 and f"| 2 | {cell['seconds'] * 1e3:.3f} |" in done.stdout
 
 
+def test_steps_of_megatrons_engine(world):
+    arguments = ["--batches", "1", "3", "--dtype", "float32", "--megatron"]
+    cells = world(2).run(jobs.steps, jobs.FALCON, arguments)[0]
+    assert [(cell.way.split(",")[0], cell.batch) for cell in cells] == [
+        ("megatron_ssm_tp", 1),
+        ("megatron_ssm_tp", 3),
+        ("Megatron's engine", 1),
+        ("Megatron's engine", 3),
+    ]
+    assert all(cell.seconds > 0 and not cell.note for cell in cells)
+
+
 def test_a_table_of_steps_has_ratios_to_the_rivals():
     cells = [
         decode_bench.DecodeCell("m", "ours", 1, 0.004, 0.001, 0.003),

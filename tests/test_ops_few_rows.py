@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_ssm_tp.ops import dt_step
-from megatron_ssm_tp.ops.few_rows import FewRowsLaunch, few_rows_linear, pick_launch
+from megatron_ssm_tp.ops.few_rows import (
+    FewRowsLaunch,
+    TilesLaunch,
+    few_rows_linear,
+    few_rows_parts,
+    joined,
+    pick_launch,
+    pick_tiles,
+)
 
 pytest.importorskip("triton")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -27,6 +35,39 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 )
 def test_products_are_torchs(interpreted, requests, rows, columns, dtype, gap, launch):
     assert interpreted(jobs.product, requests, rows, columns, dtype, gap, launch) == ""
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    requests=st.sampled_from([1, 3, 16, 20]),
+    rows=st.sampled_from([1, 16, 37]),
+    columns=st.sampled_from([64, 192]),
+    dtype=st.sampled_from(DTYPES),
+    gap=st.sampled_from([0, 8, 3]),
+    launch=st.sampled_from([TilesLaunch(1, 2, 16, 32), TilesLaunch(2, 2, 16, 32), TilesLaunch(1, 3, 32, 64)]),
+)
+def test_tiles_are_torchs(interpreted, requests, rows, columns, dtype, gap, launch):
+    assert interpreted(jobs.tiles, requests, rows, columns, dtype, gap, launch) == ""
+
+
+@pytest.mark.parametrize(
+    ("shape", "launch"),
+    [
+        ((16384, 4096, 8), TilesLaunch(1)),
+        ((16384, 4096, 64), TilesLaunch(1, stages=3)),
+        ((8192, 256, 64), TilesLaunch(1)),
+        ((4096, 8192, 8), TilesLaunch(2)),
+        ((4096, 8192, 64), TilesLaunch(2)),
+        ((288, 8192, 64), TilesLaunch(16)),
+        ((2560, 5120, 9), TilesLaunch(4)),
+        ((4096, 4096, 2), None),
+        ((4096, 4096, 65), None),
+        ((4096, 4000, 8), None),
+        ((4096, 128, 8), None),
+    ],
+)
+def test_tiles_are_picked(shape, launch):
+    assert pick_tiles(*shape) == launch
 
 
 @settings(max_examples=20, deadline=None)
@@ -46,20 +87,35 @@ def test_the_cpu_and_autograd_are_torchs():
     x, weight = torch.randn(2, 1, 5), torch.randn(3, 5, requires_grad=True)
     torch.testing.assert_close(few_rows_linear(x, weight), x @ weight.T)
     assert few_rows_linear(x, weight).requires_grad
-    assert dt_step.fits(8, 256) and not dt_step.fits(9, 256) and not dt_step.fits(1, 2000) and not dt_step.fits(0, 8)
+    torch.testing.assert_close(joined(few_rows_parts(x, weight), x.dtype), x @ weight.T)
+    assert dt_step.fits(2, 256) and not dt_step.fits(3, 256) and not dt_step.fits(1, 2000) and not dt_step.fits(0, 8)
 
 
 @pytest.mark.parametrize(("rows", "columns", "requests"), [(16384, 4096, 1), (288, 8192, 2), (8192, 256, 1)])
 def test_products_compile_for_hopper_without_spills(rows, columns, requests):
-    from megatron_ssm_tp.ops.few_rows_triton import few_rows_product
+    from megatron_ssm_tp.ops.few_rows_triton import lane_sums
 
     how = pick_launch(rows, columns, requests)
     types = {"x_ptr": "*bf16", "weight_ptr": "*bf16", "out_ptr": "*bf16", "rows": "i32", "x_stride": "i32"}
     constants = {"UNIT": 8, "COLUMNS": columns, "REQUESTS": requests}
-    constants |= {"ROWS": how.rows, "BLOCK_K": how.block_k, "STAGES": how.stages}
-    ptx = compile_for_hopper(few_rows_product, types, constants, how.warps).asm["ptx"]
+    constants |= {"ROWS": how.rows, "BLOCK_K": how.block_k, "STAGES": how.stages, "OVERLAPS": True}
+    ptx = compile_for_hopper(lane_sums, types, constants, how.warps).asm["ptx"]
     assert re.search(r"ld\.global\.L1::evict_first\S*\.v4\.b32", ptx)  # of the weight, 16 bytes a thread
     assert ".local" not in ptx
+
+
+@pytest.mark.parametrize(("rows", "columns", "requests"), [(16384, 4096, 8), (16384, 4096, 64), (288, 8192, 64)])
+def test_tiles_compile_for_hopper(rows, columns, requests):
+    from megatron_ssm_tp.ops.tiles_triton import tile_sums
+
+    how = pick_tiles(rows, columns, requests)
+    types = {"x_ptr": "*bf16", "weight_ptr": "*bf16", "out_ptr": "*fp32"}
+    types |= dict.fromkeys(("requests", "rows", "x_stride"), "i32")
+    constants = {"UNIT": 8, "COLUMNS": columns, "PART": columns // how.parts, "REQUESTS": max(16, requests)}
+    constants |= {"ROWS": how.rows, "BLOCK_K": how.block_k, "STAGES": how.stages, "OVERLAPS": True}
+    made = compile_for_hopper(tile_sums, types, constants, how.warps)
+    assert made.metadata.shared <= 227 * 1024 and ".local" not in made.asm["ptx"]
+    assert "cp.async" in made.asm["ptx"] and "griddepcontrol.wait" in made.asm["ptx"]
 
 
 def test_the_step_compiles_for_hopper():
@@ -69,5 +125,5 @@ def test_the_step_compiles_for_hopper():
     types = {f"{name}_ptr": "*bf16" for name in tensors}
     types |= {f"{name}_ptr": "*fp32" for name in ("A", "D", "states")} | {"slots_ptr": "*i64", "eps": "fp32"}
     types |= dict.fromkeys(("channels", "x_stride", "z_stride", "bcdt_stride", "state_stride"), "i32")
-    constants = {"RANK": 256, "D_STATE": 16, "R": 256, "N": 16, "CHANNELS": 32, "NORMED": True}
+    constants = {"RANK": 256, "D_STATE": 16, "R": 256, "N": 16, "CHANNELS": 32, "NORMED": True, "OVERLAPS": True}
     assert ".local" not in compile_for_hopper(kernel, types, constants, 4).asm["ptx"]

@@ -42,7 +42,7 @@ def test_the_norm_compiles_for_gpus_that_are_not_here(width, squares, before_gat
     _, tile, warps = tile_of(width)
     types = {f"{name}_ptr": "*bf16" for name in ("y", "z", "weight", "out")} | {"squares_ptr": squares, "eps": "fp32"}
     types |= {f"{name}_stride": "i32" for name in ("y", "z", "out")}
-    constants = {"UNIT": unit, "WIDTH": width, "TILE": tile, "BEFORE_GATE": before_gate}
+    constants = {"UNIT": unit, "WIDTH": width, "TILE": tile, "BEFORE_GATE": before_gate, "OVERLAPS": True}
     ptx = compile_for_hopper(gate_rows, types, constants, warps, aligned_strides=unit == 1).asm["ptx"]
     assert ".target sm_90" in ptx and ptx.count("ld.global.v4.b32") >= 2  # of y and z
 

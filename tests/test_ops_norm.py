@@ -68,7 +68,7 @@ def test_the_kernel_compiles_for_gpus_that_are_not_here(columns, residual, weigh
     rows, width, warps = tile_of(columns)
     types = {"x_ptr": "*bf16", "residual_ptr": residual, "weight_ptr": weight, "stream_ptr": residual}
     types |= {"out_ptr": weight, "rows": "i32", "x_stride": "i32", "residual_stride": "i32", "eps": "fp32"}
-    constants = {"COLUMNS": columns, "WIDTH": width, "ROWS": rows}
+    constants = {"PARTS": 1, "COLUMNS": columns, "WIDTH": width, "ROWS": rows, "OVERLAPS": True}
     ptx = compile_for_hopper(normalize_rows, types, constants, warps).asm["ptx"]
     assert ".target sm_90" in ptx and ("v4.b32" in ptx or columns == 44)
 
@@ -79,7 +79,7 @@ def test_bcdts_kernel_compiles_for_gpus_that_are_not_here(bounds, normed):
 
     rows, width, warps = tile_of(bounds[-1])
     types = {"x_ptr": "*bf16", "dt_ptr": "*bf16", "bc_ptr": "*fp32", "rows": "i32", "x_stride": "i32", "eps": "fp32"}
-    constants = {"BOUNDS": bounds, "NORMED": normed, "WIDTH": width, "ROWS": rows}
+    constants = {"PARTS": 1, "BOUNDS": bounds, "NORMED": normed, "WIDTH": width, "ROWS": rows, "OVERLAPS": True}
     assert ".target sm_90" in compile_for_hopper(split_rows, types, constants, warps).asm["ptx"]
 
 
@@ -92,6 +92,6 @@ class _OnGpu:
 
 def test_norms_of_dt_b_and_c_have_gradients():
     x, ours = torch.randn(3, 8, requires_grad=True), torch.randn(3, 8)
-    found = torch.autograd.grad(torch.cat(split_bcdt(x, 4, 2, 1e-5), dim=-1), x, ours)[0]
+    found = torch.autograd.grad(torch.cat(split_bcdt(x[None], 4, 2, 1e-5, x.dtype), dim=-1), x, ours)[0]
     parts = [part / (part.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() for part in x.split([4, 2, 2], dim=-1)]
     torch.testing.assert_close(found, torch.autograd.grad(torch.cat(parts, dim=-1), x, ours)[0])

@@ -133,7 +133,7 @@ def test_a_step_compiles_for_gpus_that_are_not_here():
     from megatron_ssm_tp.ops.state_step_triton import state_step
 
     narrow = ("x_ptr", "dt_ptr", "z_ptr", "out_ptr", "B_ptr", "C_ptr", "D_ptr", "dt_bias_ptr")
-    constants = {"N": 16, "CHANNELS": 128}
+    constants = {"N": 16, "CHANNELS": 128, "OVERLAPS": True}
     ptx = compile_for_hopper(state_step, _types(state_step, narrow, constants), constants, 4).asm["ptx"]
     assert ".target sm_90" in ptx
 

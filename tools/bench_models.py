@@ -125,13 +125,17 @@ class Ours:
         device: torch.device,
         dtype: torch.dtype,
         longest: int,
+        **overrides: object,
     ) -> None:
+        """`overrides` go to Megatron's TransformerConfig."""
         self.config, self.groups = config, groups
         with megatron_on_cpu():
             torch.manual_seed(SEED)
             if device.type == "cuda":
-                model_parallel_cuda_manual_seed(SEED, force_reset_rng=True)
-            self.model = build_model(config, groups, dtype, device, longest + 1, perform_initialization=True)
+                capturable = {"use_cudagraphable_rng": True} if overrides.get("cuda_graph_impl") else {}
+                model_parallel_cuda_manual_seed(SEED, force_reset_rng=True, **capturable)
+            overrides = {"perform_initialization": True, **overrides}
+            self.model = build_model(config, groups, dtype, device, longest + 1, **overrides)
         self.model.eval().requires_grad_(False)
 
     @property

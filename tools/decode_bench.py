@@ -17,6 +17,7 @@ from bench_models import MambaSsm, Ours, draw_tokens, free_memory, recipes_of, r
 from bench_options import Asked, Setting, add_common, check_counts, check_pure_ssm, read_dtype
 from inference_report import OURS, RIVAL
 from measure import largest, markdown, tried
+from megatron_steps import WAYS, MegatronSteps
 from report_files import write_json
 
 from megatron_ssm_tp.cli.console import is_speaker, say
@@ -41,6 +42,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--ssm-dtypes", nargs="+", default=["float32"], metavar="DTYPE", help=f"of states: {', '.join(DTYPES)}"
     )
     parser.add_argument("--no-graphs", action="store_true", help="launch every kernel instead of replaying graphs")
+    parser.add_argument("--megatron", action="store_true", help="steps of Megatron's engine too")
     add_common(parser)
 
 
@@ -147,9 +149,7 @@ def decode_table(cells: list[DecodeCell]) -> str:
     for cell in cells:
         if cell.seconds is None:
             continue
-        rival = next(
-            (c.seconds for c in cells if (c.model, c.batch) == (cell.model, cell.batch) and c.host is None), None
-        )
+        rival = next((c.seconds for c in cells if (c.model, c.batch, c.way) == (cell.model, cell.batch, RIVAL)), None)
         values = [(cell.seconds * 1e3, ".3f"), (cell.batch / cell.seconds, ".0f")]
         values += [(cell.floor / cell.seconds * 100 if cell.floor else None, ".0f")]
         values += [(cell.host / cell.seconds * 100 if cell.host else None, ".1f")]
@@ -180,7 +180,22 @@ class DecodeBench:
             free_memory()
         del ours
         free_memory()
+        if self.args.megatron:
+            self._megatron(cells)
         self._rival(cells)
+
+    def _megatron(self, cells: list[DecodeCell]) -> None:
+        """A step of Megatron's engine, without graphs first: those that it has made keep their memory."""
+        for way, graphs in WAYS.items():
+            if graphs and self.device.type != "cuda":
+                say(f"{way}: not measured, there is no GPU")
+                continue
+            steps = MegatronSteps(self.name, self.setting, self.args.batches, graphs)
+            for batch in self.args.batches:
+                self._add(cells, way, batch, lambda batch=batch, steps=steps: (steps.seconds(batch), None, None))
+            steps.close()
+            del steps
+            free_memory()
 
     def _rival(self, cells: list[DecodeCell]) -> None:
         theirs, missing = None, "its graph needs a GPU"

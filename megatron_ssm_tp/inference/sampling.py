@@ -63,6 +63,11 @@ class SamplingNeeds:
             return SamplingNeeds(True, True, True, True)
         return SamplingNeeds(random=self.random or self.ranked, ranked=self.ranked)
 
+    @property
+    def greedy(self) -> bool:
+        """Whether rows' parameters do not matter."""
+        return not (self.random or self.ranked or self.penalized)
+
     @classmethod
     def all_rounded(cls) -> set["SamplingNeeds"]:
         """All that `rounded_up` returns."""
@@ -74,8 +79,8 @@ class SamplingNeeds:
 
 def sample(
     logits: torch.Tensor,
-    params: RowParams,
-    counts: torch.Tensor,
+    params: RowParams | None,
+    counts: torch.Tensor | None,
     needs: SamplingNeeds,
     seen: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -86,14 +91,17 @@ def sample(
 
     Args:
         logits: [rows, V], any float dtype; computed in float32.
-        params: of these rows.
-        counts: int64 [rows], tokens that each has generated before: what its draw depends on besides the seed.
+        params: of these rows; None where `needs.greedy`.
+        counts: int64 [rows], tokens that each has generated before: what its draw depends on besides the seed; None
+            where nothing is drawn.
         seen: bool [rows, V], tokens that are penalized; needed where `needs.penalized`.
 
     Returns:
         tokens int64 [rows]; and where asked for the natural logarithm of their probabilities by `logits` as they are,
         float32 [rows].
     """
+    if needs.greedy and not needs.log_probs:
+        return logits.argmax(-1), None
     given = logits.float()
     scores = _penalized(given, seen, params.repetition_penalty) if needs.penalized else given
     tokens = scores.argmax(-1)

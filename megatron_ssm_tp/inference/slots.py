@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from ..config import ModelConfig
+from ..ops.choose import kernels_can_take
 from ..partition.layout import state_bytes, state_shapes
 from .prefix_cache import Snapshot
 from .sampling import RowParams, SamplingNeeds, sample
@@ -118,13 +119,22 @@ class SlotTable:
         Returns:
             int64 [rows], -1 where the answer was over before; and log-probabilities float32 [rows], if asked for.
         """
-        params, counts, alive = self.params.at(slots), self.counts[slots], self.alive[slots]
+        params = None if needs.greedy else self.params.at(slots)
         seen = self.seen[slots] if needs.penalized else None
-        tokens, log_probs = sample(logits, params, counts, needs, seen)
-        counts = counts + alive
-        over = (tokens[:, None] == self.end_ids[slots]).any(-1) | (counts >= self.limits[slots])
-        self.counts[slots], self.next_token[slots], self.alive[slots] = counts, tokens, alive & ~over
+        tokens, log_probs = sample(logits, params, self.counts[slots] if needs.random else None, needs, seen)
         if needs.penalized:
             # not `= True`, a value of the host, which no graph takes
-            self.seen.index_put_((slots, tokens), torch.ones_like(alive))
-        return torch.where(alive, tokens, -1), log_probs
+            self.seen.index_put_((slots, tokens), torch.ones_like(tokens, dtype=torch.bool))
+        return self._settle(tokens, slots), log_probs
+
+    def _settle(self, tokens: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        """Note what follows from the tokens for their slots. Returns them, -1 where the answer was over before."""
+        if kernels_can_take(tokens):
+            from .settle_triton import settle
+
+            return settle(tokens, slots, self.end_ids, self.limits, self.counts, self.next_token, self.alive)
+        alive = self.alive[slots]
+        counts = self.counts[slots] + alive
+        over = (tokens[:, None] == self.end_ids[slots]).any(-1) | (counts >= self.limits[slots])
+        self.counts[slots], self.next_token[slots], self.alive[slots] = counts, tokens, alive & ~over
+        return torch.where(alive, tokens, -1)

@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from ..comm.fused import all_reduce_add_norm
 from ..ops.norm import add_rms_norm
 from .norm import LocalRMSNorm
-from .row_parallel import recipe_now, unreduced
+from .row_parallel import has_parts, recipe_now, unreduced
 
 Partial = tuple[torch.Tensor, Callable | None]  # of SSMMixer.partial
 
@@ -67,7 +67,11 @@ class MixerLayer(MambaLayer):
             with unreduced(linear):
                 partial, _ = self.mixer(normed, inference_context=context)
             return all_reduce_add_norm(partial, residual, following.weight, following.eps, linear.tp_group, recipe)
-        return _add_and_norm(*self.mixer(normed, inference_context=context), residual, following)
+        if not has_parts(linear):
+            return _add_and_norm(*self.mixer(normed, inference_context=context), residual, following)
+        with unreduced(linear):
+            parts, _ = self.mixer(normed, inference_context=context)
+        return add_rms_norm(parts, residual, following.weight, following.eps)
 
     # with_next_norm in two steps, of a layer whose mixer is an SSM's
 

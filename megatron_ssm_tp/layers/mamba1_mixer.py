@@ -39,7 +39,7 @@ from ..partition.parameters import mamba1_parameters
 from .initialization import filled_later, initialize_mamba1
 from .lean_linear import LeanColumnParallelLinear, is_lean
 from .mixer import Packed, SSMMixer, Tensors
-from .row_parallel import partial_product, reduce_partial
+from .row_parallel import partial_product, product_in_parts, reduce_partial
 from .sharding import sharers
 from .side_stream import SideStream
 
@@ -149,13 +149,15 @@ class Mamba1Mixer(SSMMixer):
 
         Without heads of their own, ranks hold the whole of dt, B and C after x_proj's reduction.
         """
+        dims = self.dims
         if isinstance(around, _LaterZ):
             bcdt, *around = self._x_proj_beside_z(convolved, around)
+            parts = bcdt[None]
         elif isinstance(self.x_proj, _HeadsLinear):
-            bcdt = torch.einsum("...hd,rhd->...hr", _by_head(convolved, self.heads), self.x_proj.by_head(1))
+            parts = torch.einsum("...hd,rhd->...hr", _by_head(convolved, self.heads), self.x_proj.by_head(1))[None]
         else:
-            bcdt, _ = self.x_proj(convolved)
-        dt, bc = split_bcdt(bcdt, self.dims.dt_rank, self.dims.d_state, self.dims.bcdt_norm_eps)
+            parts = product_in_parts(self.x_proj, convolved)
+        dt, bc = split_bcdt(parts, dims.dt_rank, dims.d_state, dims.bcdt_norm_eps, convolved.dtype)
         if self.head_group is not None and torch.is_grad_enabled():
             bc = copy_to_tensor_model_parallel_region(bc, group=self.head_group)
         B, C = bc.chunk(2, dim=-1)

@@ -24,7 +24,7 @@ from ..comm.autocast import recipe_of
 from ..comm.recipe_book import RecipeBook, as_book
 from ..comm.recipes import AllReduceRecipe
 from ..errors import UserError
-from ..ops.few_rows import few_rows_linear
+from ..ops.few_rows import few_rows_linear, few_rows_parts
 from .lean_linear import is_lean
 
 
@@ -45,7 +45,9 @@ class RecipeRowParallelLinear(RowParallelLinear):
         )
 
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """input_ [.., d/p] -> [.., h], and the bias where skip_bias_add is set."""
+        """input_ [.., d/p] -> [.., h], and the bias where skip_bias_add is set; see unreduced()."""
+        if self.left_partial and has_parts(self):
+            return few_rows_parts(input_, self.weight), None
         recipe = recipe_now(self)
         if recipe is None and not (self.input_is_parallel and is_lean(self)):
             return super().forward(input_)
@@ -69,6 +71,18 @@ def recipe_now(linear: nn.Module | None) -> AllReduceRecipe | None:
     if not isinstance(linear, RecipeRowParallelLinear) or linear.sequence_parallel or linear.tp_group.size() == 1:
         return None
     return None if linear.explicit_expert_comm else recipe_of(linear.site, linear.tp_group, linear.recipes)
+
+
+def has_parts(linear: nn.Module | None) -> bool:
+    """Whether `linear` can leave its product in parts: one rank has it all, and adds no bias."""
+    ours = isinstance(linear, RecipeRowParallelLinear) and linear.bias is None
+    return ours and linear.tp_group.size() == 1 and is_lean(linear)
+
+
+def product_in_parts(linear: RowParallelLinear, x: torch.Tensor) -> torch.Tensor:
+    """linear(x), bias left out, as parts [P, .., h] to be added (few_rows.few_rows_parts): one, where ranks are summed
+    over."""
+    return few_rows_parts(x, linear.weight) if has_parts(linear) else linear(x)[0][None]
 
 
 def partial_product(linear: RowParallelLinear, x: torch.Tensor) -> torch.Tensor:
@@ -102,7 +116,8 @@ def reduce_partial(linear: RowParallelLinear, partial: torch.Tensor, exact_colum
 
 @contextmanager
 def unreduced(linear: RecipeRowParallelLinear) -> Iterator[None]:
-    """Within, the products of `linear` that a recipe would reduce are left to the caller to sum, bias unadded."""
+    """Within, the products of `linear` that a recipe would reduce are left to the caller to sum, bias unadded; so are
+    the parts of one rank's, see has_parts()."""
     linear.left_partial = True
     try:
         yield

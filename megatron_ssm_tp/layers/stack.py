@@ -7,6 +7,7 @@ from megatron.core.inference.contexts import BaseInferenceContext
 from megatron.core.inference.utils import InferenceMode
 from megatron.core.models.hybrid.hybrid_block import HybridStack
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
+from megatron.core.transformer.enums import InferenceCudaGraphScope
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.utils import WrappedTensor, deprecate_inference_params, make_viewless_tensor
 
@@ -80,7 +81,9 @@ class SSMStack(HybridStack):
         if context is None or torch.is_grad_enabled() or not InferenceMode.is_active():
             return False
         config = self.config
-        plain = config.cuda_graph_impl == "none" and not (config.fp8 or config.fp4 or config.sequence_parallel)
+        scope = config.inference_cuda_graph_scope
+        of_layers = config.cuda_graph_impl != "none" and scope != InferenceCudaGraphScope.block
+        plain = not (of_layers or config.fp8 or config.fp4 or config.sequence_parallel)
         whole = self.pre_process and self.post_process and self.post_layer_norm
         if not (plain and whole and context.is_dynamic_batching()):
             return False

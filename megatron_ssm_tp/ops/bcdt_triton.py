@@ -6,23 +6,28 @@ import triton.language as tl
 
 from .kernel_calls import launch
 from .launching import last_axis_dense
-from .norm_triton import tile_of
+from .norm_triton import sum_of_parts, tile_of
+from .overlap_triton import await_inputs
 
 
-def split_bcdt(bcdt: torch.Tensor, dt_rank: int, d_state: int, eps: float | None) -> tuple[torch.Tensor, torch.Tensor]:
+def split_bcdt(
+    parts: torch.Tensor, dt_rank: int, d_state: int, eps: float | None, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
     """bcdt.split_bcdt."""
-    before, columns = bcdt.shape[:-1], bcdt.shape[-1]
-    dt = torch.empty((*before, dt_rank), dtype=bcdt.dtype, device=bcdt.device)
-    bc = torch.empty((*before, 2 * d_state), dtype=torch.float32, device=bcdt.device)
-    if not bcdt.numel():
+    before, columns = parts.shape[1:-1], parts.shape[-1]
+    dt = torch.empty((*before, dt_rank), dtype=dtype, device=parts.device)
+    bc = torch.empty((*before, 2 * d_state), dtype=torch.float32, device=parts.device)
+    if not parts.numel():
         return dt, bc
-    x = last_axis_dense(bcdt.reshape(-1, columns))
+    x = last_axis_dense(parts.reshape(-1, columns))
+    rows = x.shape[0] // parts.shape[0]
     rows_at_a_time, width, warps = tile_of(columns)
     launch(
         split_rows,
-        (-(-x.shape[0] // rows_at_a_time),),
+        (-(-rows // rows_at_a_time),),
         (x, dt, bc),
-        (x.shape[0], x.stride(0), eps or 0.0),
+        (rows, x.stride(0), eps or 0.0),
+        PARTS=parts.shape[0],
         BOUNDS=(0, dt_rank, dt_rank + d_state, columns),
         NORMED=eps is not None,
         WIDTH=width,
@@ -40,16 +45,19 @@ def split_rows(
     rows,
     x_stride,
     eps,
+    PARTS: tl.constexpr,
     BOUNDS: tl.constexpr,
     NORMED: tl.constexpr,
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
-    """ROWS rows of dt, B and C between BOUNDS, the latter to float32; NORMED: rounded to x's dtype before."""
+    """ROWS rows of dt, B and C between BOUNDS, the latter to float32; NORMED: rounded to dt's dtype before."""
+    await_inputs(OVERLAPS)
     row = (tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
     column = tl.arange(0, WIDTH)[None, :]
     mask = (row < rows) & (column < BOUNDS[3])
-    x = tl.load(x_ptr + row * x_stride + column, mask=mask, other=0.0)
+    x = sum_of_parts(x_ptr + row * x_stride + column, mask, rows * x_stride, PARTS, dt_ptr.dtype.element_ty)
     if NORMED:
         wide = x.to(tl.float32)
         x = (wide * _scale(wide, column, eps, BOUNDS)).to(x.dtype)

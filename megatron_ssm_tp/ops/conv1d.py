@@ -13,7 +13,7 @@ from .launching import dense_states, last_axis_dense, row_unit
 
 Tile = tuple[int, int, int, int]  # of a program: tokens, channels, warps, and tokens loaded at a time
 WIDE, NARROW = (16, 512, 4, 8), (32, 256, 4, 8)  # for 8192 channels and more, and for fewer: measured on an H100
-STEP_CHANNELS = 256
+STEP_CHANNELS = {16: 128, 1 << 30: 256}  # of a program, by requests at most; measured on an H100
 
 
 def causal_conv1d_varlen(
@@ -81,13 +81,14 @@ def causal_conv1d_step(
         return out
     x, weight, cached = last_axis_dense(x), weight.contiguous(), dense_states(states)
     bias, slots = None if bias is None else bias.contiguous(), slots.contiguous()
+    block = next(channels for most, channels in STEP_CHANNELS.items() if x.shape[0] <= most)
     launch(
         conv1d_step,
-        (-(-x.shape[1] // STEP_CHANNELS), x.shape[0]),
+        (-(-x.shape[1] // block), x.shape[0]),
         (x, weight, bias, out, cached, slots),
         (x.shape[1], x.stride(0), cached.stride(0)),
         WIDTH=weight.shape[1],
-        CHANNELS=STEP_CHANNELS,
+        CHANNELS=block,
         num_warps=4,
     )
     if cached is not states:

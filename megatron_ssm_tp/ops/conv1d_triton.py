@@ -9,6 +9,7 @@ import triton.language as tl
 
 from .elementwise_triton import silu
 from .lanes_triton import sequence_of
+from .overlap_triton import await_inputs
 
 
 @triton.jit(do_not_specialize=["sequences"])
@@ -129,8 +130,10 @@ def conv1d_step(
     state_stride,
     WIDTH: tl.constexpr,
     CHANNELS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """One token of one request."""
+    await_inputs(OVERLAPS)
     d, request = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS), tl.program_id(1).to(tl.int64)
     mask = d < channels
     slot = tl.load(slots_ptr + request).to(tl.int64)
@@ -140,12 +143,38 @@ def conv1d_step(
     total = tl.zeros((CHANNELS,), tl.float32)
     if bias_ptr is not None:
         total += tl.load(bias_ptr + d, mask=mask, other=0.0).to(tl.float32)
+    taps = _columns(weight_ptr + d * WIDTH, mask, WIDTH)
+    before = _columns(state_at, own, WIDTH)
     for tap in tl.static_range(WIDTH):
-        if tap + 1 < WIDTH:
-            value = tl.load(state_at + (tap + 1), mask=own, other=0.0)
-        else:
-            value = x.to(state_at.dtype.element_ty)
-        tl.store(state_at + tap, value, mask=own)
-        value = x if tap + 1 == WIDTH else value
-        total += value.to(tl.float32) * tl.load(weight_ptr + d * WIDTH + tap, mask=mask, other=0.0).to(tl.float32)
+        value = before[tap + 1] if tap + 1 < WIDTH else x
+        total += value.to(tl.float32) * taps[tap].to(tl.float32)
+    _store_columns(state_at, before[1:] + (x.to(state_at.dtype.element_ty),), own, WIDTH)
     tl.store(out_ptr + request * channels + d, silu(total).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _columns(at, mask, WIDTH: tl.constexpr):
+    """WIDTH neighbouring values behind each of `at`, a tensor for each place; four come as one word."""
+    if WIDTH == 4:
+        whole = tl.load(at[:, None] + tl.arange(0, 4)[None, :], mask=mask[:, None], other=0.0)
+        even, odd = tl.split(tl.reshape(whole, (whole.shape[0], 2, 2)))
+        first, third = tl.split(even)
+        second, fourth = tl.split(odd)
+        return first, second, third, fourth
+    else:
+        values = ()
+        for i in tl.static_range(WIDTH):
+            values = values + (tl.load(at + i, mask=mask, other=0.0),)
+        return values
+
+
+@triton.jit
+def _store_columns(at, values, mask, WIDTH: tl.constexpr):
+    """The inverse of `_columns`."""
+    if WIDTH == 4:
+        pairs = tl.join(tl.join(values[0], values[2]), tl.join(values[1], values[3]))
+        whole = tl.reshape(pairs, (pairs.shape[0], 4))
+        tl.store(at[:, None] + tl.arange(0, 4)[None, :], whole, mask=mask[:, None])
+    else:
+        for i in tl.static_range(WIDTH):
+            tl.store(at + i, values[i], mask=mask)

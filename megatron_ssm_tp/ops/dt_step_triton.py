@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from .elementwise_triton import LOG2E
+from .overlap_triton import await_inputs
 from .state_step_triton import advance
 
 
@@ -31,12 +32,14 @@ def dt_step(
     N: tl.constexpr,
     CHANNELS: tl.constexpr,
     NORMED: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """A program takes CHANNELS channels of one request. What does not wait for bcdt is loaded first."""
     d, request = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS), tl.program_id(1).to(tl.int64)
     mask, n, r = d < channels, tl.arange(0, N), tl.arange(0, R)
     weight_at = weight_ptr + d[:, None] * RANK + r[None, :]
     weight = tl.load(weight_at, mask=mask[:, None] & (r < RANK)[None, :], other=0.0)
+    await_inputs(OVERLAPS)
     slot = tl.load(slots_ptr + request).to(tl.int64)
     here = mask[:, None] & (n < D_STATE)[None, :]
     own = here & (slot >= 0)  # batches are padded with slots of -1

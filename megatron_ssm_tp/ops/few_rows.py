@@ -1,22 +1,27 @@
 """Products of few rows, as decoding makes them, at the speed at which the weights can be read.
 
 A weight of bfloat16 [R, K] is 2 R K bytes, read once whatever the number s of rows of x: [16384, 4096] takes 45 us at
-3.0 TB/s.
+3.0 TB/s. One or two rows are multiplied in lanes (few_rows_triton.py), more by tensor cores (tiles_triton.py), where a
+weight of few rows is shared out by its columns too: what is left are sums over parts of them, which the next kernel
+reads and adds.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 
 from .choose import kernels_can_take
 
-MOST_REQUESTS = 2  # rows of x; of four a step of Falcon-Mamba-7B is no faster than with torch's products
+IN_LANES, IN_TILES = 2, 64  # rows of x at most
+_MOST_PARTS = 16
+_ENOUGH, _ALL = 112, 132  # programs: that keep an H100's memory busy, and one for each multiprocessor
 
 
 @dataclass(frozen=True)
 class FewRowsLaunch:
-    """How a product is launched.
+    """How a product in lanes is launched.
 
     Args:
         rows: of the weight, of a program.
@@ -31,28 +36,85 @@ class FewRowsLaunch:
     stages: int = 2
 
 
+@dataclass(frozen=True)
+class TilesLaunch:
+    """How a product in tiles is launched: `parts` of the columns, and for each tiles of [rows, block_k] of the weight,
+    `stages` of them in flight, in shared memory."""
+
+    parts: int
+    stages: int = 4
+    rows: int = 64
+    block_k: int = 128
+    warps: int = 4
+
+
 def pick_launch(rows: int, columns: int, requests: int) -> FewRowsLaunch:
-    """For a weight [rows, columns] and so many rows of x; measured on an H100 with the sizes of Falcon-Mamba-7B."""
+    """For a weight [rows, columns] and one or two rows of x; measured on an H100 with the sizes of Falcon-Mamba-7B."""
     if columns < 1024:
         return FewRowsLaunch(8, max(16, min(256, 1 << (columns - 1).bit_length())), 1)
     share = 1 if requests == 1 or rows < 1024 else 2  # of x, by the rows of a program
     return FewRowsLaunch(share, 2048 if columns >= 2048 else 1024, 8 if columns >= 2048 else 4)
 
 
-def few_rows_linear(x: torch.Tensor, weight: torch.Tensor, how: FewRowsLaunch | None = None) -> torch.Tensor:
+def pick_tiles(rows: int, columns: int, requests: int) -> TilesLaunch | None:
+    """For a weight [rows, columns] and up to IN_TILES rows of x; None: it cannot be cut so. Measured as pick_launch."""
+    blocks, over = divmod(columns, TilesLaunch.block_k)
+    if over or not IN_LANES < requests <= IN_TILES:
+        return None
+    tiles = -(-rows // TilesLaunch.rows)
+    possible = [parts for parts in range(1, min(_MOST_PARTS, blocks // 2) + 1) if blocks % parts == 0]
+    if not possible:
+        return None
+    parts = next((parts for parts in possible if parts * tiles >= _ENOUGH), possible[-1])
+    # Two programs fit on a multiprocessor with 96 KB each.
+    return TilesLaunch(parts, stages=3 if requests > 32 and parts * tiles > _ALL else 4)
+
+
+def few_rows_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x weight^T, summed in float32; the same bits at every call.
 
     Args:
         x: [.., K], s rows of any stride.
         weight: [R, K], of x's dtype.
-        how: None: by the shapes. Torch multiplies instead on the CPU, under autograd, and for s above MOST_REQUESTS.
 
     Returns:
-        [.., R] in x's dtype.
+        [.., R] in x's dtype. Torch multiplies on the CPU, under autograd, for many rows of x, and for more than two
+        where the weight's rows are too few for tiles of them to keep the memory busy.
     """
-    columns = x.shape[-1]
-    if 0 < x.numel() <= MOST_REQUESTS * columns and kernels_can_take(x, weight) and x.dtype == weight.dtype:
-        from .few_rows_triton import few_rows_linear as kernel
+    parts = _parts(x, weight, most=1)
+    return F.linear(x, weight) if parts is None else parts[0]
 
-        return kernel(x.reshape(-1, columns), weight, how).view(*x.shape[:-1], weight.shape[0])
-    return F.linear(x, weight)
+
+def few_rows_parts(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """few_rows_linear's product as a sum: float32 [P, .., R], or [1, .., R] in x's dtype; see `joined`."""
+    parts = _parts(x, weight, most=_MOST_PARTS)
+    return F.linear(x, weight)[None] if parts is None else parts
+
+
+def joined(parts: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What the readers of parts [P, ..] do: their sum, rounded to dtype; one part is taken as it is."""
+    return parts[0] if parts.shape[0] == 1 else parts.sum(0).to(dtype)
+
+
+def _parts(x: torch.Tensor, weight: torch.Tensor, most: int) -> torch.Tensor | None:
+    """[P, .., R] by a kernel that leaves no more parts than `most`, or None."""
+    (rows, columns), requests = weight.shape, x.shape[:-1].numel()
+    if not 0 < requests <= IN_TILES or not kernels_can_take(x, weight) or x.dtype != weight.dtype:
+        return None
+    shape = (*x.shape[:-1], rows)
+    if requests <= IN_LANES:
+        from .few_rows_triton import few_rows_product
+
+        return few_rows_product(x.reshape(-1, columns), weight, pick_launch(rows, columns, requests)).view(1, *shape)
+    how = pick_tiles(rows, columns, requests)
+    if how is None or how.parts > most or not _tiles_pay(x.device, x.dtype):
+        return None
+    from .tiles_triton import tiles_product
+
+    return tiles_product(x.reshape(-1, columns), weight, how).view(-1, *shape)
+
+
+@cache
+def _tiles_pay(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether tiles have been found faster than torch's products: of 16-bit values, on Hopper."""
+    return dtype.itemsize == 2 and torch.cuda.get_device_capability(device) >= (9, 0)

@@ -1,4 +1,4 @@
-"""few_rows.py in Triton: a program has some rows of the weight and walks along their columns.
+"""few_rows.py's products in lanes: a program has some rows of the weight and walks along their columns.
 
 A thread holds neighbouring columns of the weight, and the same of x, and sums what it has: threads meet once, at the
 end. Tiles are loaded several ahead, into registers, and the walk is unrolled.
@@ -8,22 +8,22 @@ import torch
 import triton
 import triton.language as tl
 
-from .few_rows import FewRowsLaunch, pick_launch
+from .few_rows import FewRowsLaunch
 from .kernel_calls import launch
 from .launching import last_axis_dense, row_unit
+from .overlap_triton import await_inputs
 
 
-def few_rows_linear(x: torch.Tensor, weight: torch.Tensor, how: FewRowsLaunch | None = None) -> torch.Tensor:
-    """few_rows.few_rows_linear."""
+def few_rows_product(x: torch.Tensor, weight: torch.Tensor, how: FewRowsLaunch) -> torch.Tensor:
+    """x [s, K] weight [R, K]^T in x's dtype."""
     (requests, columns), rows = x.shape, weight.shape[0]
     out = torch.empty((requests, rows), dtype=x.dtype, device=x.device)
     if not out.numel():
         return out
     x, weight = last_axis_dense(x), weight.contiguous()
-    how = how or pick_launch(rows, columns, requests)
     unit = row_unit(x.stride(0))
     launch(
-        few_rows_product,
+        lane_sums,
         (-(-rows // how.rows),),
         (x, weight, out),
         (rows, x.stride(0) // unit),
@@ -39,7 +39,7 @@ def few_rows_linear(x: torch.Tensor, weight: torch.Tensor, how: FewRowsLaunch | 
 
 
 @triton.jit
-def few_rows_product(
+def lane_sums(
     x_ptr,
     weight_ptr,
     out_ptr,
@@ -51,6 +51,7 @@ def few_rows_product(
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """ROWS rows of the weight, times REQUESTS rows of x. x_stride counts UNIT values."""
     x_stride *= UNIT
@@ -58,6 +59,7 @@ def few_rows_product(
     weight_at = weight_ptr + tl.minimum(row, rows - 1).to(tl.int64)[:, None] * COLUMNS
     steps: tl.constexpr = (COLUMNS + BLOCK_K - 1) // BLOCK_K
     tiles, sums = first_tiles(weight_at, COLUMNS, REQUESTS, ROWS, BLOCK_K, STAGES)
+    await_inputs(OVERLAPS)
     for step in tl.static_range(steps):
         x = ()
         for request in tl.static_range(REQUESTS):

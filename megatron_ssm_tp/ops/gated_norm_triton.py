@@ -12,6 +12,7 @@ from .elementwise_triton import silu
 from .kernel_calls import launch
 from .launching import last_axis_dense, power_of_two, row_unit
 from .norm_triton import tile_of
+from .overlap_triton import await_inputs
 
 
 def gated_rms_norm(
@@ -107,11 +108,13 @@ def gate_rows(
     WIDTH: tl.constexpr,
     TILE: tl.constexpr,
     BEFORE_GATE: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """WIDTH channels of a row: normed; or, if squares_ptr is given, left as they are and their squares' sum stored.
 
     The strides of y and z count UNIT values.
     """
+    await_inputs(OVERLAPS)
     row, within = tl.program_id(0).to(tl.int64), tl.arange(0, TILE)
     mask = within < WIDTH
     column = tl.program_id(1) * WIDTH + within

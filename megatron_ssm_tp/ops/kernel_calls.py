@@ -3,11 +3,15 @@
 Triton looks at every argument of every launch to find the variant that it compiled for such arguments. Where shapes,
 dtypes and alignments are those of an earlier call, that is known: in a model of 64 equal layers all but the first.
 
+A kernel with the constant OVERLAPS begins while the one before it on its stream ends, on GPUs that can do that (Hopper
+and later; CUDA: programmatic dependent launch): it calls `await_inputs` before it reads what a kernel has written.
+
 What differs from pass to pass (numbers of tokens, of prompts, of tokens in a chunk) is what kernels that do not gain
 by it are not specialized for: a variant is compiled when it is first met, which takes seconds.
 """
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -44,6 +48,11 @@ def variant(*tensors: torch.Tensor | None) -> tuple:
     return tensors[0].device, *[(t.dtype, t.data_ptr() % 16 == 0) if t is not None else None for t in tensors]
 
 
+@cache
+def _overlaps(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 _calls: dict[tuple, KernelCall] = {}  # as Triton keeps what it compiled: by kernel, for the process
 
 
@@ -62,6 +71,9 @@ def launch(
         if len(_calls) >= MOST_CALLS:
             _calls.clear()
         names = kernel.arg_names
+        if "OVERLAPS" in names:
+            overlaps = _overlaps(tensors[0].device)
+            named |= {"OVERLAPS": overlaps, "launch_pdl": overlaps}
         arguments = dict(zip(names[len(tensors) :], numbers, strict=False))
         arguments |= {name: value for name, value in named.items() if name in names}
         options = {name: value for name, value in named.items() if name not in names}

@@ -5,6 +5,7 @@ from types import ModuleType
 import torch
 
 from .choose import kernels_can_take
+from .few_rows import joined
 
 WIDEST = 65536  # columns of a row that a program can hold
 
@@ -38,8 +39,8 @@ def add_rms_norm(
     """residual + x, and rms_norm of that in weight's dtype.
 
     Args:
-        x: [.., h], rows of any stride.
-        residual: [.., h], of x's dtype or float32. Not changed.
+        x: [.., h], rows of any stride; or [P, .., h] float32, the parts of few_rows.few_rows_parts.
+        residual: [.., h], of the model's dtype or float32. Not changed.
         weight: [h].
         eps: added to the mean square.
 
@@ -49,7 +50,9 @@ def add_rms_norm(
     kernels = _kernels(x, residual, weight)
     if kernels is not None:
         return kernels.add_rms_norm(x, residual, weight, eps)
-    stream = residual + x
+    if x.ndim > residual.ndim:
+        x = joined(x, weight.dtype)
+    stream = (residual + x).to(residual.dtype)
     return stream, rms_norm(stream.to(weight.dtype), weight, eps)
 
 

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from .elementwise_triton import LOG2E, softplus
+from .overlap_triton import await_inputs
 
 
 @triton.jit
@@ -32,8 +33,10 @@ def ssd_state_step(
     dt_max,
     P: tl.constexpr,
     N: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """A program takes P channels of a head, of one request."""
+    await_inputs(OVERLAPS)
     head, request = tl.program_id(0) // channel_blocks, tl.program_id(1).to(tl.int64)
     p, n = tl.program_id(0) % channel_blocks * P + tl.arange(0, P), tl.arange(0, N)
     mask, channel = p < channels, head * channels + p

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from .elementwise_triton import LOG2E, silu, softplus
+from .overlap_triton import await_inputs
 
 
 @triton.jit
@@ -34,8 +35,10 @@ def state_step(
     state_stride,
     N: tl.constexpr,
     CHANNELS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """A program takes CHANNELS channels of a head, of one request."""
+    await_inputs(OVERLAPS)
     head, request = tl.program_id(0) // head_blocks, tl.program_id(1).to(tl.int64)
     within = tl.program_id(0) % head_blocks * CHANNELS + tl.arange(0, CHANNELS)
     mask = within < head_channels
