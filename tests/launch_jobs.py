@@ -109,7 +109,8 @@ def compile_for_hopper(kernel: str, shape: dict, ones: dict[str, int]) -> Any:
     from megatron_ssm_tp.comm.tile_steps import Shape
 
     default = {"rank": 0, "ranks": 2, "block_size": 128, "tile_blocks": 16, "blocks": 16, "contiguous": True}
-    flags = {"ragged": False, "flagged": True, "split": False, "add_norm": False, "exact": False, "threads": 256}
+    flags = {"ragged": False, "flagged": True, "split": False, "add_norm": False, "exact": False}
+    flags |= {"parts": 1, "threads": 256, "overlaps": True}
     whole = Shape(**default | flags | shape)
     function = getattr(symmetric_triton, kernel)
     constants = {"S": whole, "EXACT_TILE": symmetric_triton.EXACT_TILE} | ones

@@ -202,3 +202,54 @@ def lost_peer(directory: Path, recipe: AllReduceRecipe, launch: Launch) -> str:
     except BaseException as error:
         return f"{type(error).__name__}: {error} {error.__cause__}"
     return "no error"
+
+
+def parts_reduced(directory: Path, recipes: list[AllReduceRecipe], launches: list[Launch]) -> list[str]:
+    """Reductions of x in parts that are not those of x; and fused ones."""
+    module, space, wrong = _launch_module(), workspace(directory, 1 << 20), []
+    generator = torch.Generator().manual_seed(7 + dist.get_rank())
+    residual, weight = torch.randn(3, 96).bfloat16(), torch.rand(96).bfloat16()
+    for recipe, launch in [(recipe, launch) for recipe in recipes for launch in launches]:
+        # Sums that bfloat16 holds: then they are rounded nowhere.
+        parts = torch.randint(-30, 30, (4, 3, 96), generator=generator).float()
+        x = parts.sum(0).bfloat16()
+        out = module.reduce(space, parts, recipe, 0, launch, torch.empty_like(x))
+        if not torch.equal(out, module.reduce(space, x, recipe, 0, launch)):
+            wrong.append(f"{recipe} {launch}")
+        found = module.reduce_add_norm(space, parts, residual, weight, 1e-5, recipe, launch)
+        if not all(map(torch.equal, found, module.reduce_add_norm(space, x, residual, weight, 1e-5, recipe, launch))):
+            wrong.append(f"fused {recipe} {launch}")
+    return wrong
+
+
+def parts_by_recipe(directory: Path) -> str:
+    """mappings.reduce_parts and fused.all_reduce_add_norm of parts: who reduces, and whether rightly."""
+    from unittest import mock
+
+    from megatron_ssm_tp.comm import fused, mappings, symmetric
+
+    module, space, group = _launch_module(), workspace(directory, 1 << 20), dist.group.WORLD
+    parts = torch.randint(-30, 30, (4, 3, 64), generator=torch.Generator().manual_seed(dist.get_rank())).float()
+    x, residual, weight = parts.sum(0).bfloat16(), torch.randn(3, 64).bfloat16(), torch.rand(64).bfloat16()
+    reduce, add_norm = mock.Mock(side_effect=module.reduce), mock.Mock(side_effect=module.reduce_add_norm)
+    there, problem = {"supports": lambda *_: (True, ""), "_workspaces": {group: space}}, ""
+    with (
+        mock.patch.multiple(symmetric, **there),
+        mock.patch.dict("megatron_ssm_tp.comm.backends.BACKENDS", symmetric=_with_support(symmetric)),
+        mock.patch.object(symmetric, "_kernels", lambda: mock.Mock(reduce=reduce, reduce_add_norm=add_norm)),
+    ):
+        for backend, min_bytes in (("auto", 0), ("collective", 0), ("auto", 1000)):
+            recipe = Bf16(32, backend=backend, min_bytes=min_bytes)
+            expected = collectives.all_reduce(x, group, recipe)
+            out = mappings.reduce_parts(parts, x.dtype, group, recipe)
+            problem += "" if torch.equal(out, expected) else f"sum by {backend} "
+            stream, normed = fused.all_reduce_add_norm(parts, residual, weight, 1e-5, group, recipe)
+            problem += _differ_from_steps(stream, normed, residual + expected, weight, 1e-5)
+    calls = [call.args[1].shape for call in (*reduce.call_args_list, *add_norm.call_args_list)]
+    return problem + ("" if calls == [parts.shape] * 2 else f"kernels got {calls}")
+
+
+def _with_support(symmetric):
+    from megatron_ssm_tp.comm.backends import Backend
+
+    return Backend(lambda *_: (True, ""), symmetric.all_reduce)

@@ -88,6 +88,7 @@ KERNELS = [
     ("one_shot", {"flagged": False, "add_norm": True, "tile_blocks": 64, "blocks": 64}, {}),  # warps hold copies
     ("one_shot", {"flagged": False, "exact": True, "contiguous": False, "ragged": True}, {}),
     ("one_shot", {"split": True}, {}),
+    ("one_shot", {"flagged": False, "add_norm": True, "parts": 4, "tile_blocks": 32, "blocks": 32}, {}),
     ("one_shot", {"split": True, "add_norm": True, "tile_blocks": 20, "blocks": 32}, {}),
     ("one_shot", {}, {"all_blocks": 1, "chunk": 1}),
     ("two_shot", {"ranks": 8, "rank": 7}, {}),

@@ -168,3 +168,14 @@ def test_fused_with_residual_and_norm(interpreted, directory, ways, columns):
 def test_a_lost_peer_ends_the_wait(interpreted, directory, ways):
     for found in interpreted(2).run(jobs.lost_peer, directory / f"lost-{ways[0].way}", RECIPES[0], ways[0])[1:]:
         assert "inline_asm not supported" in found  # on GPUs it is an instruction that ends the process's kernels
+
+
+@pytest.mark.parametrize("p", [2, 3], ids=lambda p: f"P{p}")
+def test_parts_are_added_before_they_are_sent(interpreted, directory, p):
+    launches = [WORDS[1], ONE_SHOT[1], SPLIT[1], TWO_SHOT[1]] if p == 2 else [WORDS[0]]
+    found = interpreted(p).run(jobs.parts_reduced, directory / f"{p}-{1 << 20}", RECIPES, launches)
+    assert found == [[]] * p
+
+
+def test_parts_are_reduced_by_whom_the_recipe_says(interpreted, directory):
+    assert interpreted(2).run(jobs.parts_by_recipe, directory / f"2-{1 << 20}") == [""] * 2

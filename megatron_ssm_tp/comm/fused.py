@@ -4,6 +4,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import UserError
+from ..ops.few_rows import joined
 from ..ops.norm import add_rms_norm
 from . import symmetric
 from .mappings import is_quantized, reduce_from_tensor_model_parallel_region
@@ -25,7 +26,8 @@ def all_reduce_add_norm(
     to the same dtypes at the same places; they sum a row's squares in another order.
 
     Args:
-        x: [.., h], this rank's partial sums, the same shape and dtype on every rank.
+        x: [.., h], this rank's partial sums, the same shape and dtype on every rank; or parts of them in weight's dtype
+            [P, .., h], see few_rows.few_rows_parts.
         residual: [.., h], the residual stream, of x's dtype or float32. Not changed.
         weight: [h] of the norm (layers.norm.LocalRMSNorm).
         eps: of the norm.
@@ -39,14 +41,17 @@ def all_reduce_add_norm(
         UserError: the recipe names a backend that cannot reduce this; shapes do not go together; gradients are wanted.
     """
     _check(x, residual, weight)
-    asked = is_quantized(x, group, recipe) and recipe.backend in ("auto", "symmetric")
-    if asked and symmetric.fits(x, residual.dtype, recipe) and symmetric.supports(x, group, recipe)[0]:
+    whole = x if x.dim() == residual.dim() else torch.empty_like(residual, dtype=weight.dtype)
+    asked = is_quantized(whole, group, recipe) and recipe.backend in ("auto", "symmetric")
+    if asked and symmetric.fits(whole, residual.dtype, recipe) and symmetric.supports(whole, group, recipe)[0]:
         return symmetric.all_reduce_add_norm(x, residual, weight, eps, group, recipe)
+    if whole is not x:
+        x = joined(x, weight.dtype)
     return add_rms_norm(reduce_from_tensor_model_parallel_region(x, group, recipe), residual, weight, eps)
 
 
 def _check(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> None:
-    if residual.shape != x.shape:
+    if residual.shape not in (x.shape, x.shape[1:]):
         raise UserError("residual", tuple(residual.shape), "has another shape than x", f"{tuple(x.shape)}")
     if weight.shape != x.shape[-1:]:
         raise UserError("weight", tuple(weight.shape), "does not go with x's columns", f"{tuple(x.shape[-1:])}")

@@ -4,7 +4,9 @@ import torch
 import torch.distributed as dist
 from megatron.core.tensor_parallel import mappings as megatron
 
-from .backends import all_reduce
+from ..ops.few_rows import joined
+from . import symmetric
+from .backends import BACKENDS, all_reduce, choose
 from .recipes import AllReduceRecipe
 
 
@@ -57,3 +59,15 @@ def reduce_from_tensor_model_parallel_region(
     if not quantized:
         return megatron.reduce_from_tensor_model_parallel_region(x, group=group)
     return _ReduceFromModelParallelRegion.apply(x, group, recipe, exact_columns)
+
+
+def reduce_parts(
+    parts: torch.Tensor, dtype: torch.dtype, group: dist.ProcessGroup, recipe: AllReduceRecipe
+) -> torch.Tensor:
+    """reduce_from_tensor_model_parallel_region of what few_rows.few_rows_parts gives: parts [P, .., h] of this rank's
+    partial sums in `dtype`. Kernels of the symmetric backend add them as they send them; there is no backward then."""
+    if len(parts) > 1:
+        out = torch.empty(parts.shape[1:], dtype=dtype, device=parts.device)
+        if is_quantized(out, group, recipe) and choose(out, group, recipe) is BACKENDS["symmetric"]:
+            return symmetric.all_reduce(parts, group, recipe, out=out)
+    return reduce_from_tensor_model_parallel_region(joined(parts, dtype), group, recipe)

@@ -76,12 +76,19 @@ def all_reduce(
     *,
     exact_columns: int = 0,
     launch: Launch | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """As collectives.all_reduce, of what `supports` supports; `launch` is the table's if none is given."""
+    """As collectives.all_reduce, of what `supports` supports.
+
+    Args:
+        launch: the table's if none is given.
+        out: takes the sum and says its shape and dtype; x is then float32 parts [P, *out.shape] of what this rank adds,
+            and there are no exact columns.
+    """
     recipe.check(x, group, exact_columns)
-    if group.size() == 1 or x.numel() == 0:
+    if out is None and (group.size() == 1 or x.numel() == 0):
         return x.clone(memory_format=torch.contiguous_format)
-    return _kernels().reduce(_workspace(group), x, recipe, exact_columns, launch)
+    return _kernels().reduce(_workspace(group), x, recipe, exact_columns, launch, out)
 
 
 def all_reduce_add_norm(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import triton
 
-from ..ops.kernel_calls import KernelCall, variant
+from ..ops.kernel_calls import KernelCall, can_overlap, variant
 from .recipes import AllReduceRecipe
 from .symmetric_triton import EXACT_TILE, one_shot, two_shot
 from .tile_steps import Shape
@@ -20,13 +20,19 @@ MOST_CALLS = 4096  # kept at a time: prompts of every length pass by
 
 
 def reduce(
-    workspace: Workspace, x: torch.Tensor, recipe: AllReduceRecipe, exact_columns: int, how: Launch | None = None
+    workspace: Workspace,
+    x: torch.Tensor,
+    recipe: AllReduceRecipe,
+    exact_columns: int,
+    how: Launch | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """symmetric.all_reduce over a workspace."""
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    columns = x.shape[-1] if x.dim() else 1
-    x = x.reshape(-1, columns)
-    if x.stride(1) != 1 and columns > 1:
+    if out is None:
+        out, x = torch.empty(x.shape, dtype=x.dtype, device=x.device), x[None]
+    columns = out.shape[-1] if out.dim() else 1
+    x = x.reshape(x.shape[0], -1, columns)
+    if x.shape[0] > 1 or (x.stride(2) != 1 and columns > 1):
         x = x.contiguous()
     _launch(workspace, recipe, exact_columns, how, x, (out, out, out, out))
     return out
@@ -43,8 +49,9 @@ def reduce_add_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """symmetric.all_reduce_add_norm over a workspace."""
     x, residual = x.contiguous(), residual.contiguous()
-    out, normed = torch.empty_like(residual), torch.empty(x.shape, dtype=weight.dtype, device=x.device)
-    _launch(workspace, recipe, 0, how, x.view(-1, x.shape[-1]), (out, residual, weight, normed), eps)
+    out, normed = torch.empty_like(residual), torch.empty(residual.shape, dtype=weight.dtype, device=x.device)
+    parts = 1 if x.dim() == residual.dim() else x.shape[0]
+    _launch(workspace, recipe, 0, how, x.view(parts, -1, x.shape[-1]), (out, residual, weight, normed), eps)
     return out, normed
 
 
@@ -57,9 +64,9 @@ def _launch(
     tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
     eps: float | None = None,
 ) -> None:
-    """Reduce x [rows, columns] into `out`, the first of `tensors` (out, residual, weight, normed); given eps, of rows
-    that are tiles, residual + sum into it and the norm of that into normed."""
-    key = (recipe, exact_columns, how, x.shape, x.stride(0), eps, variant(x, *tensors))
+    """Reduce x, parts [P, rows, columns] of a sum, into `out`, the first of `tensors` (out, residual, weight, normed);
+    given eps, of rows that are tiles, residual + sum into it and the norm of that into normed."""
+    key = (recipe, exact_columns, how, x.shape, x.stride(1), eps, variant(x, *tensors))
     calls = workspace.calls.get(key)
     if calls is None:
         if len(workspace.calls) >= MOST_CALLS:
@@ -78,7 +85,7 @@ def _calls(
     eps: float | None,
 ) -> list[KernelCall]:
     """The calls of a kernel that reduce x; more than one where it does not fit into the workspace."""
-    rows, columns = x.shape
+    parts, rows, columns = x.shape
     kept = columns - exact_columns
     values, exact = rows * kept, rows * exact_columns
     how = how or launch_for(workspace.ranks, recipe, values, fused=eps is not None)
@@ -88,7 +95,7 @@ def _calls(
     geometry = {
         "values": values,
         "row_length": kept,
-        "x_stride": x.stride(0) if rows > 1 else columns,
+        "x_stride": x.stride(1) if rows > 1 else columns,
         "out_stride": columns,
         "exact_columns": exact_columns,
         "eps": eps or 0.0,
@@ -101,7 +108,7 @@ def _calls(
             "first_exact": i * exact_at_a_time,
             "exact_values": max(0, min(exact_at_a_time, exact - i * exact_at_a_time)),
         }
-        calls.append(_call(workspace, recipe, how, tile_blocks, geometry | part, add_norm=eps is not None))
+        calls.append(_call(workspace, recipe, how, tile_blocks, geometry | part, parts, add_norm=eps is not None))
     return calls
 
 
@@ -111,6 +118,7 @@ def _call(
     how: Launch,
     tile_blocks: int,
     geometry: dict[str, Any],
+    parts: int,
     add_norm: bool,
 ) -> KernelCall:
     if how.way == "two-shot":
@@ -124,6 +132,8 @@ def _call(
     chunks = triton.cdiv(tiles, chunk)
     programs = roles * min(how.programs or chunks, chunks)
     exact_programs = triton.cdiv(geometry["exact_values"], EXACT_TILE)
+    # Only where waiting for the start is what a reduction lasts.
+    overlaps = how.way == "words" and can_overlap(workspace.counters.device)
     shape = Shape(
         rank=workspace.rank,
         ranks=workspace.ranks,
@@ -137,7 +147,9 @@ def _call(
         split=how.way == "split",
         add_norm=add_norm,
         exact=exact_programs > 0,
+        parts=parts,
         threads=32 * how.warps,
+        overlaps=overlaps,
     )
     arguments = {
         "buffers": workspace.buffers,
@@ -155,7 +167,7 @@ def _call(
         **geometry,
         **at,
     }
-    options = {"num_warps": how.warps, "enable_fp_fusion": False}
+    options = {"num_warps": how.warps, "enable_fp_fusion": False, "launch_pdl": overlaps}
     if how.registers:
         options["maxnreg"] = how.registers
     return KernelCall(kernel, (programs + exact_programs,), arguments, options)

@@ -16,6 +16,7 @@ call and how many of this one's programs have ended.
 import triton
 import triton.language as tl
 
+from ..ops.overlap_triton import await_inputs
 from .tile_steps import (
     await_flags,
     encode_own,
@@ -69,6 +70,7 @@ def one_shot(
 
     The programs from tile_programs on sum the exact_columns behind each row's row_length values.
     """
+    await_inputs(S.overlaps)
     program = tl.program_id(0)
     epoch = tl.load(counters_ptr, volatile=True) + 1
     half = (epoch & 1).to(tl.int64) * half_bytes
@@ -186,7 +188,7 @@ def _send_parts(first, end, flag, source, parts, slot_blocks, S: tl.constexpr):
 def _sum_parts(first, end, flag, source, sink, parts, sums, slot_blocks, S: tl.constexpr):
     """This rank's tiles of rows first to end: their sums, encoded, to all; decoded again, to their place."""
     FORMAT: tl.constexpr = S.format
-    SUM: tl.constexpr = source[0].dtype.element_ty
+    SUM: tl.constexpr = source[0].dtype.element_ty if S.parts == 1 else sink[3].dtype.element_ty
     all_blocks = source[2]
     await_flags(parts, flag, S, True)
     for row in range(first, end):
@@ -202,7 +204,7 @@ def _sum_parts(first, end, flag, source, sink, parts, sums, slot_blocks, S: tl.c
 def _take_sums(first, end, flag, source, sink, sums, slot_blocks, S: tl.constexpr):
     """The peers' tiles of rows first to end: their sums to their places."""
     RANKS: tl.constexpr = S.ranks
-    SUM: tl.constexpr = source[0].dtype.element_ty
+    SUM: tl.constexpr = source[0].dtype.element_ty if S.parts == 1 else sink[3].dtype.element_ty
     all_blocks = source[2]
     await_flags(sums, flag, S, False)
     for row in range(first, end):

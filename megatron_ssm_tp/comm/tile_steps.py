@@ -6,9 +6,10 @@ What travels between functions in tuples:
     sink     out_ptr, residual_ptr, weight_ptr, normed_ptr, first_block, values, row_length, out_stride, eps
     link     buffers, flags, offset, slot_bytes, flags_at, epoch, patience
 
-x and `out` are rows of row_length values, x_stride and out_stride apart; `values` is the whole tensor's number. A call
-reduces all_blocks blocks from first_block on. buffers and flags are the addresses of each rank's buffer and of its
-flags (int32); patience is how often a rank looks before it gives a peer up.
+x and `out` are rows of row_length values, x_stride and out_stride apart; `values` is the whole tensor's number. x may
+be S.parts such tensors behind each other, float32 and without gaps, to be added first. A call reduces all_blocks blocks
+from first_block on. buffers and flags are the addresses of each rank's buffer and of its flags (int32); patience is how
+often a rank looks before it gives a peer up.
 """
 
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
+from ..ops.norm_triton import sum_of_parts
 from .tiles import addresses, decode_tile, encode_tile
 from .transports import get, put, raise_flag, wait_for_flag
 
@@ -34,7 +36,9 @@ class Shape:
         split: one_shot is done in two roles.
         add_norm: a tile is a row, to which a residual is added and which is normed.
         exact: some columns are summed as they are.
+        parts: tensors that x is the sum of.
         threads: of a program.
+        overlaps: it begins while the kernel before it ends, and lets the next one begin (ops/overlap_triton.py).
     """
 
     rank: int
@@ -49,7 +53,9 @@ class Shape:
     split: bool
     add_norm: bool
     exact: bool
+    parts: int
     threads: int
+    overlaps: bool
 
     @property
     def flag_a_tile(self) -> bool:
@@ -66,7 +72,7 @@ def _blocks_of(tile, all_blocks, S: tl.constexpr):
 
 @triton.jit
 def encode_own(tile, source, S: tl.constexpr):
-    """Codes and scales of a tile of x."""
+    """Codes and scales of a tile of x; a sum of parts is not rounded before it is encoded."""
     FORMAT: tl.constexpr = S.format
     x_ptr, first_block, all_blocks, values, row_length, row_stride = source
     blocks, mask = _blocks_of(tile, all_blocks, S)
@@ -74,7 +80,7 @@ def encode_own(tile, source, S: tl.constexpr):
     mask = mask[:, None]
     if S.ragged:
         mask = mask & (places < values)
-    return encode_tile(tl.load(x_ptr + address, mask=mask, other=0.0).to(tl.float32), FORMAT)
+    return encode_tile(sum_of_parts(x_ptr + address, mask, values, S.parts, tl.float32).to(tl.float32), FORMAT)
 
 
 @triton.jit
@@ -205,7 +211,7 @@ def _store_normed(total, residual, weight, tile, sink, all_blocks, SUM: tl.const
 @triton.jit
 def sum_and_store(codes, scales, tile, source, sink, link, S: tl.constexpr):
     """Of a tile of this rank's, given in codes: the sum over the ranks, or what add_norm makes of it, to its place."""
-    SUM: tl.constexpr = source[0].dtype.element_ty
+    SUM: tl.constexpr = source[0].dtype.element_ty if S.parts == 1 else sink[3].dtype.element_ty
     all_blocks = source[2]
     if S.add_norm:
         # Loaded before the peers' codes are waited for, where store_sum would load them after.

@@ -53,13 +53,13 @@ class RecipeRowParallelLinear(RowParallelLinear):
             return super().forward(input_)
         if not self.input_is_parallel:
             input_ = scatter_to_tensor_model_parallel_region(input_, group=self.tp_group)
-        partial = partial_product(self, input_)
         if recipe is None:
-            out = all_reduce_in_place(partial, self.tp_group)
-        elif self.left_partial:
-            return partial, self.bias
+            out = all_reduce_in_place(partial_product(self, input_), self.tp_group)
         else:
-            out = mappings.reduce_from_tensor_model_parallel_region(partial, self.tp_group, recipe)
+            parts = few_rows_parts(input_, self.weight) if is_lean(self) else partial_product(self, input_)[None]
+            if self.left_partial:
+                return parts, self.bias
+            out = mappings.reduce_parts(parts, input_.dtype, self.tp_group, recipe)
         if self.skip_bias_add or self.bias is None:
             return out, self.bias if self.skip_bias_add else None
         return out + self.bias, None
@@ -116,8 +116,8 @@ def reduce_partial(linear: RowParallelLinear, partial: torch.Tensor, exact_colum
 
 @contextmanager
 def unreduced(linear: RecipeRowParallelLinear) -> Iterator[None]:
-    """Within, the products of `linear` that a recipe would reduce are left to the caller to sum, bias unadded; so are
-    the parts of one rank's, see has_parts()."""
+    """Within, the products of `linear` that a recipe would reduce are left to the caller to sum, bias unadded, as parts
+    [P, .., h]; so are those of one rank's, see has_parts()."""
     linear.left_partial = True
     try:
         yield

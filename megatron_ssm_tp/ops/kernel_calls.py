@@ -49,7 +49,8 @@ def variant(*tensors: torch.Tensor | None) -> tuple:
 
 
 @cache
-def _overlaps(device: torch.device) -> bool:
+def can_overlap(device: torch.device) -> bool:
+    """Whether kernels on `device` can begin while the one before them ends."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
@@ -72,7 +73,7 @@ def launch(
             _calls.clear()
         names = kernel.arg_names
         if "OVERLAPS" in names:
-            overlaps = _overlaps(tensors[0].device)
+            overlaps = can_overlap(tensors[0].device)
             named |= {"OVERLAPS": overlaps, "launch_pdl": overlaps}
         arguments = dict(zip(names[len(tensors) :], numbers, strict=False))
         arguments |= {name: value for name, value in named.items() if name in names}
