@@ -125,3 +125,31 @@ def compile_for_hopper(kernel: str, shape: dict, ones: dict[str, int]) -> Any:
     types = {name: type_of(name) for name in function.arg_names}
     options = {"num_warps": whole.threads // 32, "enable_fp_fusion": False}
     return compiled(function, types, constants, options, ("_ptr", "_stride"))
+
+
+def exchanges_for_hopper() -> list[dict]:
+    """exchange_triton.py's kernels for x_proj's product and for a vocabulary of Falcon-Mamba-7B's, on two ranks."""
+    from megatron_ssm_tp.comm.exchange_triton import BLOCK, WARPS, argmax_row_over_ranks, sum_products
+    from megatron_ssm_tp.ops.few_rows import pick_launch
+
+    ranks, made = {"RANK": 1, "RANKS": 2, "OVERLAPS": True}, []
+    link = {
+        "buffers": ("i64", "i64"),
+        "half_bytes": "i32",
+        "words_at": "i32",
+        "patience": "i32",
+        "counters_ptr": "*i32",
+    }
+    for requests in (1, 2):
+        how = pick_launch(288, 4096, requests)
+        types = dict.fromkeys(("x_ptr", "weight_ptr", "out_ptr"), "*bf16") | link | {"rows": "i32", "x_stride": "i32"}
+        constants = {"UNIT": 8, "COLUMNS": 4096, "REQUESTS": requests, "ROWS": how.rows, "BLOCK_K": how.block_k}
+        constants |= {"STAGES": how.stages, "THREADS": 32 * how.warps} | ranks
+        made.append(_for_hopper(sum_products, types, constants, how.warps))
+    types = {"x_ptr": "*bf16", "out_ptr": "*i64", **link, **dict.fromkeys(("x_stride", "columns", "first"), "i32")}
+    constants = {"BLOCK": BLOCK, "THREADS": 32 * WARPS} | ranks
+    return [*made, _for_hopper(argmax_row_over_ranks, types, constants, WARPS)]
+
+
+def _for_hopper(kernel: Any, types: dict, constants: dict, warps: int) -> dict:
+    return compiled(kernel, types, constants, {"num_warps": warps}, ("_ptr", "_stride")).asm

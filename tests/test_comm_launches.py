@@ -112,3 +112,9 @@ def test_no_integers_are_added_in_pairs():
     constants = {"all_blocks": 1, "tile_programs": 1, "chunk": 1}
     compiled = jobs.compile_for_hopper("one_shot", shape | {"contiguous": False, "ragged": True}, constants)
     assert "16x2" not in compiled.asm["ptx"]
+
+
+def test_what_is_made_and_exchanged_at_once_compiles_for_hopper():
+    pytest.importorskip("triton")
+    for asm in jobs.exchanges_for_hopper():
+        assert ".local" not in asm["ptx"] and "trap" in asm["ptx"] and "griddepcontrol.wait" in asm["ptx"]

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import exchange_jobs
 import numpy as np
 import pytest
 import symmetric_jobs as jobs
@@ -179,3 +180,16 @@ def test_parts_are_added_before_they_are_sent(interpreted, directory, p):
 
 def test_parts_are_reduced_by_whom_the_recipe_says(interpreted, directory):
     assert interpreted(2).run(jobs.parts_by_recipe, directory / f"2-{1 << 20}") == [""] * 2
+
+
+@pytest.mark.parametrize("p", [2, 3], ids=lambda p: f"P{p}")
+def test_products_are_summed_as_they_are_made(interpreted, directory, p):
+    shapes = [(1, 16, 1), (9, 1024, 2), (40, 300, 1), (3, 2048, 2)]
+    assert interpreted(p).run(exchange_jobs.products, directory / f"{p}-{1 << 20}", shapes) == [[]] * p
+
+
+@pytest.mark.parametrize(("p", "vocabulary"), [(2, 101), (2, 16400), (3, 4)])
+def test_the_largest_of_all_ranks_is_found(interpreted, directory, p, vocabulary):
+    """With 4 values on three ranks the last has padding alone."""
+    found = interpreted(p).run(exchange_jobs.largest, directory / f"{p}-{1 << 20}", vocabulary, vocabulary)
+    assert found == [[]] * p

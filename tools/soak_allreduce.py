@@ -2,7 +2,8 @@
 
     torchrun --standalone --nproc-per-node 2 tools/soak_allreduce.py --minutes 2    # ends with PASS or FAIL
 
-Sizes, strides, dtypes, recipes, backends, process groups and fused calls are drawn from a seed that the ranks share. A
+Sizes, strides, dtypes, recipes, backends, process groups and fused calls are drawn from a seed that the ranks share,
+and what comm.exchange does among them. A
 batch is some calls in a row, then their checks; on GPUs some batches are captured in CUDA graphs, kept, and replayed
 with new inputs in random order between the others, up to 10 times without a pause. Of such a burst every replay is
 compared between ranks, the last one also with the exact sums.
@@ -23,7 +24,8 @@ from time import monotonic
 import torch
 import torch.distributed as dist
 from measure import captured, conditions, in_words, prepare_symmetric, start
-from soak_calls import Call, Choices, Prepared, checksum
+from soak_calls import Call, Choices, checksum
+from soak_exchanges import Exchange, draw_exchange
 from soak_report import Record, Report
 
 from megatron_ssm_tp.cli.console import RUN_ERROR, Parser, guarded, leave, say
@@ -45,11 +47,11 @@ class Batch:
     A call that is refused (UserError, on every rank alike) is left out of the graph.
     """
 
-    def __init__(self, calls: list[Call], groups: list[Group], device: torch.device) -> None:
+    def __init__(self, calls: list[Call | Exchange], groups: list[Group], device: torch.device) -> None:
         self.calls, self.device = calls, device
         mine = [dist.get_rank() in groups[call.group][0] for call in calls]
         self.prepared = [
-            Prepared(call, *groups[call.group], device) if member else None
+            call.prepare(*groups[call.group], device) if member else None
             for call, member in zip(calls, mine, strict=True)
         ]
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -117,13 +119,18 @@ class Soak:
         most = self.most if count == 1 else min(self.most, _IN_A_ROW)
         in_graph = self.device.type == "cuda" and self.rng.random() < 0.15
         most = min(most, _IN_A_ROW) if in_graph else most  # graphs keep their memory
-        batch = Batch([self.choices.draw(self.rng, most) for _ in range(count)], self.groups, self.device)
+        batch = Batch([self._draw(most) for _ in range(count)], self.groups, self.device)
         self._make(batch, "eager", 1)
         if in_graph:
             batch.capture()
             if len(self.graphs) == _GRAPHS:
                 self.graphs.pop(self.rng.randrange(_GRAPHS))
             self.graphs.append(batch)
+
+    def _draw(self, most: int) -> Call | Exchange:
+        if self.rng.random() < 0.15:
+            return draw_exchange(self.rng, self.choices.groups, self.choices.backends, self.choices.block_sizes)
+        return self.choices.draw(self.rng, most)
 
     def _make(self, batch: Batch, mode: str, times: int) -> None:
         batch.fill(self.rng.getrandbits(40))

@@ -49,6 +49,9 @@ class Call:
     def kind(self) -> tuple[str, str, str]:
         return self.recipe.backend, "add-norm" if self.fused else "sum", self.recipe.name
 
+    def prepare(self, ranks: tuple[int, ...], group: dist.ProcessGroup, device: torch.device) -> "Prepared":
+        return Prepared(self, ranks, group, device)
+
 
 @dataclass(frozen=True)
 class Choices:
@@ -147,7 +150,7 @@ class Prepared:
         if self.call.fused:
             exact = exact + self.residual.double()
             bound = bound + (exact.abs() + bound) * eps
-        ratio = _ratio(result[0][:, :kept], exact, bound)
+        ratio = ratio_to_bound(result[0][:, :kept], exact, bound)
         ratio = ratio.maximum(_unequal(result[0][:, kept:], self.exact_columns))
         ratio = ratio.maximum(_unequal(self.x, self.own))  # inputs are left alone
         return ratio.maximum(self._norm_off(*result)) if self.call.fused else ratio
@@ -162,7 +165,9 @@ class Prepared:
         finfo = torch.finfo(self.call.dtype)
         bound = exact.abs() * (3 * finfo.eps + 1e-5) + 16 * finfo.smallest_normal * finfo.eps
         rows = wide.isfinite().all(-1, keepdim=True)
-        return _ratio(torch.where(rows, normed.double(), 0.0), torch.where(rows, exact, 0.0), bound.nan_to_num(1.0))
+        return ratio_to_bound(
+            torch.where(rows, normed.double(), 0.0), torch.where(rows, exact, 0.0), bound.nan_to_num(1.0)
+        )
 
 
 def contribution(call: Call, seed: int, rank: int, device: torch.device) -> torch.Tensor:
@@ -188,7 +193,7 @@ def checksum(result: tuple[torch.Tensor, ...]) -> torch.Tensor:
     return total
 
 
-def _ratio(found: torch.Tensor, exact: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:
+def ratio_to_bound(found: torch.Tensor, exact: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:
     """The largest |found - exact| / bound; where exact is NaN or Inf, found must be the same."""
     found = found.double()
     off = (found - exact).abs()

@@ -88,7 +88,7 @@ def all_reduce(
     recipe.check(x, group, exact_columns)
     if out is None and (group.size() == 1 or x.numel() == 0):
         return x.clone(memory_format=torch.contiguous_format)
-    return _kernels().reduce(_workspace(group), x, recipe, exact_columns, launch, out)
+    return _kernels().reduce(workspace_of(group), x, recipe, exact_columns, launch, out)
 
 
 def all_reduce_add_norm(
@@ -101,7 +101,7 @@ def all_reduce_add_norm(
     launch: Launch | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """fused.all_reduce_add_norm in one kernel, of what `supports` and `fits` allow."""
-    return _kernels().reduce_add_norm(_workspace(group), x, residual, weight, eps, recipe, launch)
+    return _kernels().reduce_add_norm(workspace_of(group), x, residual, weight, eps, recipe, launch)
 
 
 def fits(x: torch.Tensor, residual: torch.dtype, recipe: AllReduceRecipe) -> bool:
@@ -122,7 +122,7 @@ def fits(x: torch.Tensor, residual: torch.dtype, recipe: AllReduceRecipe) -> boo
     return recipe.name == "bf16" or lean or x.numel() <= MOST_UNEVEN_VALUES
 
 
-def _workspace(group: dist.ProcessGroup) -> Workspace:
+def workspace_of(group: dist.ProcessGroup) -> Workspace:
     found = _workspaces.get(group)
     if not isinstance(found, Workspace):
         raise UserError("group", group.group_name, found or "has no buffers yet", "a group that supports() allows")

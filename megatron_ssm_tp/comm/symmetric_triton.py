@@ -29,7 +29,7 @@ from .tile_steps import (
     sum_of_slots,
 )
 from .tiles import decode_tile, encode_tile
-from .transports import as_words, read_words
+from .transports import finish_call, send_words, sum_over_ranks
 
 EXACT_TILE = 1024  # values a program that sends exact columns
 
@@ -105,7 +105,7 @@ def one_shot(
         exact = (row_length, x_stride, out_stride, exact_columns, first_exact, exact_values)
         link = (buffers, flags, half + exact_at, exact_slot_bytes, 0, epoch, patience)
         _exact(x_ptr, out_ptr, program - tile_programs, exact, link, S, EXACT_TILE)
-    _finish(counters_ptr, epoch)
+    finish_call(counters_ptr, epoch)
 
 
 @triton.jit
@@ -169,7 +169,7 @@ def two_shot(
         exact = (row_length, x_stride, out_stride, exact_columns, first_exact, exact_values)
         link = (buffers, flags, half + exact_at, exact_slot_bytes, 0, epoch, patience)
         _exact(x_ptr, out_ptr, program - tile_programs, exact, link, S, EXACT_TILE)
-    _finish(counters_ptr, epoch)
+    finish_call(counters_ptr, epoch)
 
 
 @triton.jit
@@ -218,35 +218,11 @@ def _take_sums(first, end, flag, source, sink, sums, slot_blocks, S: tl.constexp
 @triton.jit
 def _exact(x_ptr, out_ptr, tile, exact, link, S: tl.constexpr, TILE: tl.constexpr):
     """Sum the columns behind row_length as float32 words."""
-    RANKS: tl.constexpr = S.ranks
     row_length, x_stride, out_stride, columns, first, values = exact
-    buffers, flags, offset, slot_bytes, flags_at, epoch, patience = link
     place = tile * TILE + tl.arange(0, TILE)
     mask = place < values
     row, column = ((first + place) // columns).to(tl.int64), row_length + (first + place) % columns
     own = tl.load(x_ptr + row * x_stride + column, mask=mask, other=0.0).to(tl.float32)
-    for peer in tl.static_range(RANKS):
-        if peer != S.rank:
-            slot = (buffers[peer] + offset + slot_bytes * S.rank).to(tl.pointer_type(tl.int64))
-            tl.store(slot + place, as_words(own.to(tl.int32, bitcast=True), epoch), mask=mask)
-    for rank in tl.static_range(RANKS):
-        if rank == S.rank:
-            part = own
-        else:
-            slot = (buffers[S.rank] + offset + slot_bytes * rank).to(tl.pointer_type(tl.int64))
-            part = read_words(slot + place, mask, epoch, patience, TILE, S.threads).to(tl.float32, bitcast=True)
-        if rank == 0:
-            total = part
-        else:
-            total += part
+    send_words(own.to(tl.int32, bitcast=True), place, mask, link, S.rank, S.ranks)
+    total = sum_over_ranks(own, place, mask, link, S.rank, S.ranks, TILE, S.threads)
     tl.store(out_ptr + row * out_stride + column, total.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _finish(counters_ptr, epoch):
-    """Count the call when the last of its programs ends."""
-    tl.debug_barrier()
-    if tl.atomic_add(counters_ptr + 1, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1:
-        tl.store(counters_ptr + 1, 0)
-        # Memory that was never written says 0: no call has that number. -1 is odd, and 2 is even, as halves alternate.
-        tl.store(counters_ptr, tl.where(epoch == -1, 1, epoch))

@@ -64,6 +64,51 @@ def as_words(bits, epoch):
 
 
 @triton.jit
+def send_words(bits, place, mask, link, RANK: tl.constexpr, RANKS: tl.constexpr):
+    """int32 bits to the words at `place` of this rank's slot in every peer's buffer. link: see tile_steps.py."""
+    buffers, flags, offset, slot_bytes, flags_at, epoch, patience = link
+    for peer in tl.static_range(RANKS):
+        if peer != RANK:
+            slot = (buffers[peer] + offset + slot_bytes * RANK).to(tl.pointer_type(tl.int64))
+            tl.store(slot + place, as_words(bits, epoch), mask=mask)
+
+
+@triton.jit
+def words_of(rank: tl.constexpr, place, mask, link, RANK: tl.constexpr, WORDS: tl.constexpr, THREADS: tl.constexpr):
+    """The int32 bits that `rank` has sent to `place`, WORDS of them, once all have arrived."""
+    buffers, flags, offset, slot_bytes, flags_at, epoch, patience = link
+    slot = (buffers[RANK] + offset + slot_bytes * rank).to(tl.pointer_type(tl.int64))
+    return read_words(slot + place, mask, epoch, patience, WORDS, THREADS)
+
+
+@triton.jit
+def sum_over_ranks(
+    own, place, mask, link, RANK: tl.constexpr, RANKS: tl.constexpr, WORDS: tl.constexpr, THREADS: tl.constexpr
+):
+    """`own`, float32, that send_words has sent to `place`, and the peers': summed in rank order."""
+    for rank in tl.static_range(RANKS):
+        if rank == RANK:
+            part = own
+        else:
+            part = words_of(rank, place, mask, link, RANK, WORDS, THREADS).to(tl.float32, bitcast=True)
+        if rank == 0:
+            total = part
+        else:
+            total += part
+    return total
+
+
+@triton.jit
+def finish_call(counters_ptr, epoch):
+    """Count the call when the last of its programs ends."""
+    tl.debug_barrier()
+    if tl.atomic_add(counters_ptr + 1, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1:
+        tl.store(counters_ptr + 1, 0)
+        # Memory that was never written says 0: no call has that number. -1 is odd, and 2 is even, as halves alternate.
+        tl.store(counters_ptr, tl.where(epoch == -1, 1, epoch))
+
+
+@triton.jit
 def _pack(codes, CODES: tl.constexpr):
     """uint8 or int16 [BLOCKS, codes] -> int32 [BLOCKS, codes / CODES], the first in the low bits."""
     bits: tl.constexpr = 32 // CODES

@@ -133,8 +133,12 @@ class Decoder:
         count = slots.numel()
         context = PassContext(table, Counts(count, 0, count), Slots(slots, None, None))
         with allreduce_autocast(enabled=book is not None, recipe=book):
-            logits = self.model.logits_of_pass(table.next_token[slots], context)
-        tokens, log_probs = table.choose(logits, slots, needs)
+            if needs.greedy and not needs.log_probs:
+                likeliest, log_probs = self.model.likeliest_of_pass(table.next_token[slots], context), None
+                tokens = table.settle(likeliest, slots)
+            else:
+                logits = self.model.logits_of_pass(table.next_token[slots], context)
+                tokens, log_probs = table.choose(logits, slots, needs)
         rows.tokens.index_copy_(0, rows.step, tokens[None])
         if log_probs is not None:
             rows.log_probs.index_copy_(0, rows.step, log_probs[None])

@@ -10,6 +10,8 @@ from itertools import product
 
 import torch
 
+from ..ops.argmax import argmax_rows
+
 _UNIFORM_BITS = 23  # of a float32's mantissa: a product with a sum stays below the sum
 
 
@@ -101,10 +103,10 @@ def sample(
         float32 [rows].
     """
     if needs.greedy and not needs.log_probs:
-        return logits.argmax(-1), None
+        return argmax_rows(logits), None
     given = logits.float()
     scores = _penalized(given, seen, params.repetition_penalty) if needs.penalized else given
-    tokens = scores.argmax(-1)
+    tokens = argmax_rows(scores)
     if needs.random:
         greedy = params.temperature == 0
         scaled = scores / torch.where(greedy, 1.0, params.temperature)[:, None]

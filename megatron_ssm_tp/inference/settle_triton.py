@@ -19,7 +19,7 @@ def settle(
     next_token: torch.Tensor,
     alive: torch.Tensor,
 ) -> torch.Tensor:
-    """SlotTable._settle of tokens and slots int64 [rows], from the table's tensors and into them."""
+    """SlotTable.settle of tokens and slots int64 [rows], from the table's tensors and into them."""
     emitted = torch.empty_like(tokens)
     tensors = (tokens, slots.contiguous(), emitted, end_ids, limits, counts, next_token, alive)
     numbers = (tokens.numel(), counts.numel() - 1)

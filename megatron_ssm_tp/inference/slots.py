@@ -125,9 +125,9 @@ class SlotTable:
         if needs.penalized:
             # not `= True`, a value of the host, which no graph takes
             self.seen.index_put_((slots, tokens), torch.ones_like(tokens, dtype=torch.bool))
-        return self._settle(tokens, slots), log_probs
+        return self.settle(tokens, slots), log_probs
 
-    def _settle(self, tokens: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+    def settle(self, tokens: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         """Note what follows from the tokens for their slots. Returns them, -1 where the answer was over before."""
         if kernels_can_take(tokens):
             from .settle_triton import settle

@@ -7,7 +7,12 @@ from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 
+from ..comm.autocast import recipe_of
+from ..comm.exchange import argmax_over_ranks, shares_words
+from ..comm.mappings import reduce_from_tensor_model_parallel_region
 from ..config import AttentionConfig, Layer, ModelConfig
+from ..ops.argmax import argmax_rows
+from ..ops.embedding import embedding_rows
 from ..ops.few_rows import few_rows_linear
 from ..partition.layout import check_tp_size, padded_vocab_size
 from .pass_context import PassContext
@@ -50,26 +55,49 @@ class SSMModel(HybridModel):
         Args:
             token_ids: int64 [T], the tokens of the pass in `context`'s order.
         """
-        hidden = self.embedding(input_ids=token_ids[None], position_ids=None)
-        hidden = self.decoder(hidden, attention_mask=None, inference_context=context)
+        return self._gathered(self._logits_here(token_ids, context, last))
+
+    def likeliest_of_pass(self, token_ids: torch.Tensor, context: PassContext) -> torch.Tensor:
+        """The places of the largest of `logits_of_pass`, int64 [rows]; of equal ones the first."""
+        group, logits = self.pg_collection.tp, self._logits_here(token_ids, context)
+        if shares_words(logits, group, recipe_of("output_layer", group)):
+            first = group.rank() * logits.shape[1]
+            return argmax_over_ranks(logits, first, min(logits.shape[1], max(0, self.vocab_size - first)), group)
+        return argmax_rows(self._gathered(logits))
+
+    def _logits_here(
+        self, token_ids: torch.Tensor, context: PassContext, last: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Those of the vocabulary's part that lies on this rank [rows, V/p], padding too."""
+        hidden = self.decoder(self._embedded(token_ids), attention_mask=None, inference_context=context)
         hidden = hidden if last is None else hidden.index_select(0, last)
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
-        logits = few_rows_linear(hidden[:, 0], weight)
-        return _gathered(self._scale_logits(logits), self.pg_collection.tp)[:, : self.vocab_size]
+        return self._scale_logits(few_rows_linear(hidden[:, 0], weight))
+
+    def _embedded(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """self.embedding of tokens [T] in inference, [T, 1, h], in fewer launches."""
+        words, group = self.embedding.word_embeddings, self.pg_collection.tp
+        dtype = torch.float32 if self.config.fp32_residual_connection else words.weight.dtype
+        if group.size() == 1:
+            return embedding_rows(token_ids, words.weight, 0, dtype)[:, None]
+        rows = embedding_rows(token_ids, words.weight, words.vocab_start_index, words.weight.dtype)
+        # All ranks but one add zeros: 16-bit sums are exact, and those of other formats would not be.
+        recipe = recipe_of("embedding.word_embeddings", group)
+        recipe = recipe if shares_words(rows, group, recipe) else None
+        return reduce_from_tensor_model_parallel_region(rows, group, recipe).to(dtype)[:, None]
 
     def _scale_logits(self, logits: torch.Tensor) -> torch.Tensor:
         return logits if self.logits_multiplier == 1 else logits * self.logits_multiplier
 
-
-def _gathered(part: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """Each rank's [rows, columns / p] side by side on all. Megatron's own wants a CUDA device."""
-    if group.size() == 1:
-        return part
-    rows, columns = part.shape
-    parts = part.new_empty(group.size() * rows, columns)
-    dist.all_gather_into_tensor(parts, part.contiguous(), group=group)
-    return parts.view(-1, rows, columns).transpose(0, 1).flatten(1)
+    def _gathered(self, part: torch.Tensor) -> torch.Tensor:
+        """Each rank's logits side by side on all, without padding. Megatron's own wants a CUDA device."""
+        group, (rows, columns) = self.pg_collection.tp, part.shape
+        if group.size() > 1:
+            parts = part.new_empty(group.size() * rows, columns)
+            dist.all_gather_into_tensor(parts, part.contiguous(), group=group)
+            part = parts.view(-1, rows, columns).transpose(0, 1).flatten(1)
+        return part[:, : self.vocab_size]
 
 
 # How the layers are written in Megatron's patterns: the symbol of the cache that a layer has, or of its first.

@@ -21,6 +21,7 @@ from torch import nn
 
 from ..comm import mappings
 from ..comm.autocast import recipe_of
+from ..comm.exchange import linear_all_reduce
 from ..comm.recipe_book import RecipeBook, as_book
 from ..comm.recipes import AllReduceRecipe
 from ..errors import UserError
@@ -55,11 +56,14 @@ class RecipeRowParallelLinear(RowParallelLinear):
             input_ = scatter_to_tensor_model_parallel_region(input_, group=self.tp_group)
         if recipe is None:
             out = all_reduce_in_place(partial_product(self, input_), self.tp_group)
-        else:
+        elif self.left_partial:
             parts = few_rows_parts(input_, self.weight) if is_lean(self) else partial_product(self, input_)[None]
-            if self.left_partial:
-                return parts, self.bias
-            out = mappings.reduce_parts(parts, input_.dtype, self.tp_group, recipe)
+            return parts, self.bias
+        elif is_lean(self):
+            out = linear_all_reduce(input_, self.weight, self.tp_group, recipe)
+        else:
+            partial = partial_product(self, input_)
+            out = mappings.reduce_from_tensor_model_parallel_region(partial, self.tp_group, recipe)
         if self.skip_bias_add or self.bias is None:
             return out, self.bias if self.skip_bias_add else None
         return out + self.bias, None

@@ -54,9 +54,26 @@ def lane_sums(
     OVERLAPS: tl.constexpr,
 ):
     """ROWS rows of the weight, times REQUESTS rows of x. x_stride counts UNIT values."""
-    x_stride *= UNIT
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     weight_at = weight_ptr + tl.minimum(row, rows - 1).to(tl.int64)[:, None] * COLUMNS
+    sums = row_products(x_ptr, x_stride * UNIT, weight_at, COLUMNS, REQUESTS, ROWS, BLOCK_K, STAGES, OVERLAPS)
+    for request in tl.static_range(REQUESTS):
+        tl.store(out_ptr + request * rows + row, sums[request].to(out_ptr.dtype.element_ty), mask=row < rows)
+
+
+@triton.jit
+def row_products(
+    x_ptr,
+    x_stride,
+    weight_at,
+    COLUMNS: tl.constexpr,
+    REQUESTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):
+    """For each of REQUESTS rows of x its products [ROWS], float32, with the rows that begin at weight_at [ROWS, 1]."""
     steps: tl.constexpr = (COLUMNS + BLOCK_K - 1) // BLOCK_K
     tiles, sums = first_tiles(weight_at, COLUMNS, REQUESTS, ROWS, BLOCK_K, STAGES)
     await_inputs(OVERLAPS)
@@ -66,9 +83,10 @@ def lane_sums(
             x = x + (load_columns(x_ptr + request * x_stride, step, COLUMNS, BLOCK_K, False).to(tl.float32),)
         sums = add_products(sums, tiles[0], x, REQUESTS, ROWS, BLOCK_K)
         tiles = next_tiles(tiles, weight_at, step + STAGES, COLUMNS, BLOCK_K)
+    whole = ()
     for request in tl.static_range(REQUESTS):
-        y = tl.sum(sums[request], axis=1)
-        tl.store(out_ptr + request * rows + row, y.to(out_ptr.dtype.element_ty), mask=row < rows)
+        whole = whole + (tl.sum(sums[request], axis=1),)
+    return whole
 
 
 @triton.jit
