@@ -96,11 +96,11 @@ def sum_products(
         own = own + (products[request].to(out_ptr.dtype.element_ty).to(tl.float32),)
         bits = own[request].to(tl.int32, bitcast=True)
         send_words(bits, request * rows + row, row < rows, link, RANK, RANKS)
+    finish_call(counters_ptr, epoch)
     for request in tl.static_range(REQUESTS):
         place = request * rows + row
         total = sum_over_ranks(own[request], place, row < rows, link, RANK, RANKS, ROWS, THREADS)
         tl.store(out_ptr + place, total.to(out_ptr.dtype.element_ty), mask=row < rows)
-    finish_call(counters_ptr, epoch)
 
 
 @triton.jit
@@ -133,6 +133,7 @@ def argmax_row_over_ranks(
     words = 2 * row + which
     bits = tl.where(which == 0, largest.to(tl.int32, bitcast=True), place)
     send_words(bits, words, which < 2, link, RANK, RANKS)
+    finish_call(counters_ptr, epoch)
     for rank in tl.static_range(RANKS):
         if rank != RANK:
             sent = words_of(rank, words, which < 2, link, RANK, 2, THREADS)
@@ -141,4 +142,3 @@ def argmax_row_over_ranks(
             better = (value > largest) | ((value == largest) & (other < place))
             largest, place = tl.where(better, value, largest), tl.where(better, other, place)
     tl.store(out_ptr + row, place)
-    finish_call(counters_ptr, epoch)

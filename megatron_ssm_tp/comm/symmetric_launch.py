@@ -88,7 +88,7 @@ def _calls(
     parts, rows, columns = x.shape
     kept = columns - exact_columns
     values, exact = rows * kept, rows * exact_columns
-    how = how or launch_for(workspace.ranks, recipe, values, fused=eps is not None)
+    how = how or launch_for(workspace.ranks, recipe, values, eps is not None, parts)
     tile_blocks = (kept if eps is not None else max(how.tile, recipe.block_size)) // recipe.block_size
     blocks = -(-values // recipe.block_size)
     at_a_time, exact_at_a_time = workspace.blocks_at_a_time(recipe, how, tile_blocks), workspace.exact_values

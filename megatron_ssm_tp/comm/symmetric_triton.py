@@ -10,7 +10,7 @@ program waits only for programs of its own number on the peers, or of the role b
 of their numbers. So no program waits for one that cannot start, however few run at a time.
 
 The tuples in which arguments travel are those of tile_steps.py. counters_ptr, int32 [2], holds the epoch of the last
-call and how many of this one's programs have ended.
+call and how many of this one's programs need that no more.
 """
 
 import triton
@@ -94,18 +94,20 @@ def one_shot(
                         # Its own is encoded once more: x is in the L2 cache still, codes would go there and back.
                         codes, scales = encode_own(tile, source, S)
                         sum_and_store(codes, scales, tile, source, sink, link, S)
+            finish_call(counters_ptr, epoch)
         else:
             for tile in range(program, tiles, tile_programs):
                 codes, scales = encode_own(tile, source, S)
                 put_to_all(codes, scales, tile, tile, all_blocks, all_blocks, link, S)
                 if S.flagged:
                     raise_flags(link, tile * S.ranks, S, False)
+                if tile + tile_programs >= tiles:
+                    finish_call(counters_ptr, epoch)
                 sum_and_store(codes, scales, tile, source, sink, link, S)
     elif S.exact:
         exact = (row_length, x_stride, out_stride, exact_columns, first_exact, exact_values)
         link = (buffers, flags, half + exact_at, exact_slot_bytes, 0, epoch, patience)
-        _exact(x_ptr, out_ptr, program - tile_programs, exact, link, S, EXACT_TILE)
-    finish_call(counters_ptr, epoch)
+        _exact(x_ptr, out_ptr, counters_ptr, program - tile_programs, exact, link, S, EXACT_TILE)
 
 
 @triton.jit
@@ -165,11 +167,11 @@ def two_shot(
                 _sum_parts(part * chunk, end, flag, source, sink, parts, sums, slot_blocks, S)
             else:
                 _take_sums(part * chunk, end, flag, source, sink, sums, slot_blocks, S)
+        finish_call(counters_ptr, epoch)
     elif S.exact:
         exact = (row_length, x_stride, out_stride, exact_columns, first_exact, exact_values)
         link = (buffers, flags, half + exact_at, exact_slot_bytes, 0, epoch, patience)
-        _exact(x_ptr, out_ptr, program - tile_programs, exact, link, S, EXACT_TILE)
-    finish_call(counters_ptr, epoch)
+        _exact(x_ptr, out_ptr, counters_ptr, program - tile_programs, exact, link, S, EXACT_TILE)
 
 
 @triton.jit
@@ -216,7 +218,7 @@ def _take_sums(first, end, flag, source, sink, sums, slot_blocks, S: tl.constexp
 
 
 @triton.jit
-def _exact(x_ptr, out_ptr, tile, exact, link, S: tl.constexpr, TILE: tl.constexpr):
+def _exact(x_ptr, out_ptr, counters_ptr, tile, exact, link, S: tl.constexpr, TILE: tl.constexpr):
     """Sum the columns behind row_length as float32 words."""
     row_length, x_stride, out_stride, columns, first, values = exact
     place = tile * TILE + tl.arange(0, TILE)
@@ -224,5 +226,6 @@ def _exact(x_ptr, out_ptr, tile, exact, link, S: tl.constexpr, TILE: tl.constexp
     row, column = ((first + place) // columns).to(tl.int64), row_length + (first + place) % columns
     own = tl.load(x_ptr + row * x_stride + column, mask=mask, other=0.0).to(tl.float32)
     send_words(own.to(tl.int32, bitcast=True), place, mask, link, S.rank, S.ranks)
+    finish_call(counters_ptr, link[5])
     total = sum_over_ranks(own, place, mask, link, S.rank, S.ranks, TILE, S.threads)
     tl.store(out_ptr + row * out_stride + column, total.to(out_ptr.dtype.element_ty), mask=mask)

@@ -100,7 +100,10 @@ def sum_over_ranks(
 
 @triton.jit
 def finish_call(counters_ptr, epoch):
-    """Count the call when the last of its programs ends."""
+    """Count the call when the last of its programs gets here: none needs the old number any more.
+
+    Where it waits for peers next, counting takes no time.
+    """
     tl.debug_barrier()
     if tl.atomic_add(counters_ptr + 1, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1:
         tl.store(counters_ptr + 1, 0)

@@ -5,7 +5,7 @@ between, `guess` says what the bytes suggest.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -63,8 +63,8 @@ def write(path: Path, rows: list[Row], conditions: dict) -> None:
     path.write_text(f'{{"conditions": {json.dumps(conditions)},\n "rows": [\n{lines}\n]}}\n')
 
 
-def launch_for(ranks: int, recipe: AllReduceRecipe, values: int, fused: bool = False) -> Launch:
-    """What reduces `values` numbers over `ranks` ranks fastest, as far as is known.
+def launch_for(ranks: int, recipe: AllReduceRecipe, values: int, fused: bool = False, parts: int = 1) -> Launch:
+    """What reduces `values` numbers over `ranks` ranks fastest, as far as is known, each the sum of `parts`.
 
     Formats that were not measured are launched as int8, whose kernels are alike; Bf16, of twice the bytes, by `guess`.
     """
@@ -72,8 +72,12 @@ def launch_for(ranks: int, recipe: AllReduceRecipe, values: int, fused: bool = F
     for name in names:
         rows = [row for row in table() if (row.ranks, row.recipe, row.fused) == (ranks, name, fused)]
         if rows:
-            return next((row for row in rows if values <= row.values), rows[-1]).launch
-    return guess(ranks, recipe, values)
+            launch = next((row for row in rows if values <= row.values), rows[-1]).launch
+            break
+    else:
+        launch = guess(ranks, recipe, values)
+    spread = parts > 1 and not fused and launch.way == "words"
+    return replace(launch, tile=128, warps=4) if spread else launch  # a value a thread, and its parts
 
 
 def guess(ranks: int, recipe: AllReduceRecipe, values: int) -> Launch:
