@@ -104,6 +104,7 @@ def test_the_whole_tool(tmp_path):
         (["--json", "/proc/x"], "--json='/proc/x': cannot be written"),
         (["--plot", "x.xyz"], "--plot='x.xyz': is of no format that can be drawn; legal: .eps"),
         (["--shapes", "²x8"], "--shapes='²x8': is no batch"),
+        (["--seconds", "0"], "--seconds=0.0: is no time to measure in"),
         (["--passes", "x_proj", "--models", "mamba2-2.7b"], "--passes='x_proj': mamba2-2.7b has no x_proj"),
     ],
 )

@@ -32,6 +32,7 @@ def config_in(folder: Path) -> Path:
 
 def scaling_args(folder: Path, *arguments: str):
     sizes = ["--lengths", "8", "16", "--prompts", "1", "--batches", "2", "--new-tokens", "3", "--dtype", "float32"]
+    sizes += ["--seconds", "0.1"]
     files = ["--json", str(folder / "x.json"), "--plot", str(folder / "x.png")]
     return ["scaling", "--models", str(config_in(folder)), *sizes, *files, *arguments]
 

@@ -175,16 +175,19 @@ class Passed(NamedTuple):
 
 
 def pass_seconds(
-    run: Callable[[], object], device: torch.device, refresh: Callable[[], object] | None = None
+    run: Callable[[], object],
+    device: torch.device,
+    refresh: Callable[[], object] | None = None,
+    fit: float | None = None,
 ) -> Passed:
     """How long a pass takes that begins on an idle device and is waited for, as a step of an engine is.
 
-    Medians of as many as fit 3 s, 5 to 50 of them, after two that are not counted; of the rank where they are largest.
-    `refresh` as in `seconds`.
+    Medians of as many as `fit` into so many seconds (3), 5 to 50 of them, after two that are not counted; of the rank
+    where they are largest. `refresh` as in `seconds`.
     """
     waited_for(run, device, refresh)
     estimate = largest(waited_for(run, device, refresh).whole, device)  # alike, so that ranks repeat alike
-    repeats = min(_REPEATS, max(_FEWEST_PASSES, int(PASS_SECONDS / max(estimate, 1e-9))))
+    repeats = min(_REPEATS, max(_FEWEST_PASSES, int((fit or PASS_SECONDS) / max(estimate, 1e-9))))
     found = [waited_for(run, device, refresh) for _ in range(repeats)]
     return Passed(*(largest(median(column), device) for column in zip(*found, strict=True)))
 

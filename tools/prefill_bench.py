@@ -8,6 +8,7 @@ is around the layers and, for each layer of the whole model, the mean time of th
 import argparse
 import sys
 from itertools import product
+from math import inf
 
 import torch
 from bench_models import MambaSsm, Ours, Pass, differences, free_memory, recipes_of, rival_of
@@ -40,6 +41,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--plot", metavar="FILE", help="tokens a second, as a picture")
     parser.add_argument("--parts", action="store_true", help="a layer's time by part, from the profiler")
+    parser.add_argument("--seconds", type=float, metavar="S", help="that a figure is measured, of 5 passes or more (3)")
     add_common(parser)
 
 
@@ -50,11 +52,18 @@ def check(args: argparse.Namespace, asked: Asked) -> None:
     for passes in args.passes:
         if passes not in PASSES:
             raise UserError("--passes", passes, "is no way to make a pass", ", ".join(PASSES))
+    check_seconds(args)
     if HALVES in args.passes:
         check_pure_ssm(asked)
     for title, (config, _) in asked.models.items():
         if X_PROJ in args.passes and not isinstance(config.mixer, Mamba1Config):
             raise UserError("--passes", X_PROJ, f"{title} has no x_proj", f"{WHOLE}, {HALVES}")
+
+
+def check_seconds(args: argparse.Namespace) -> None:
+    """Raises UserError: no time."""
+    if args.seconds is not None and not 0 < args.seconds < inf:
+        raise UserError("--seconds", args.seconds, "is no time to measure in", "numbers above 0")
 
 
 def run(setting: Setting) -> None:
@@ -130,10 +139,10 @@ class PrefillBench:
                 raise ArithmeticError("logits are not finite")
             if on_gpu:
                 torch.cuda.reset_peak_memory_stats()
-            whole, host = pass_seconds(passing.run, self.device, passing.refresh)
+            whole, host = pass_seconds(passing.run, self.device, passing.refresh, self.args.seconds)
             peak = largest(torch.cuda.max_memory_allocated() if on_gpu else 0.0, self.device)
             with model.without_layers():
-                around = pass_seconds(passing.run, self.device, passing.refresh).whole
+                around = pass_seconds(passing.run, self.device, passing.refresh, self.args.seconds).whole
             return whole, host, peak, around
 
         result, note = tried(measured, self.device)

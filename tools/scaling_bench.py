@@ -20,6 +20,7 @@ import torch
 from bench_models import MODELS, read_model
 from bench_options import add_common, check_counts, read_common
 from measure import NO_MULTICAST, conditions, in_words, markdown
+from prefill_bench import check_seconds
 from report_files import write_json, write_plot
 
 from megatron_ssm_tp.cli.console import say
@@ -37,6 +38,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64], metavar="N", help="of decoding (1 8 64)")
     parser.add_argument("--new-tokens", type=int, default=128, metavar="N", help="of whole requests (128)")
     parser.add_argument("--plot", metavar="FILE", help="speed-up of prefill by length, as a picture")
+    parser.add_argument("--seconds", type=float, metavar="S", help="as of prefill, for each of its figures (3)")
     add_common(parser, models=tuple(MODELS))
     parser.set_defaults(recipes=["none", "int8"])
 
@@ -46,6 +48,7 @@ def check(args: argparse.Namespace) -> None:
     for option, what in (("lengths", "tokens"), ("prompts", "prompts"), ("batches", "requests"), ("ranks", "ranks")):
         check_counts(f"--{option}", getattr(args, option), what)
     check_counts("--new-tokens", [args.new_tokens], "tokens")
+    check_seconds(args)
     if 1 not in args.ranks:
         raise UserError("--ranks", args.ranks, "has nothing to compare with", "1 and others")
     for ranks in args.ranks:
@@ -101,7 +104,8 @@ def _parts(args: argparse.Namespace, ranks: int) -> Iterator[tuple[str, list[str
     common = ["--dtype", args.dtype, *(["--layers", str(args.layers)] if args.layers else [])]
     common += ["--recipes", *(args.recipes if ranks > 1 else ["none"])]
     shapes = [f"{prompts}x{length}" for prompts in args.prompts for length in args.lengths]
-    yield "prefill", ["--models", *models, "--shapes", *shapes, *common]
+    seconds = ["--seconds", str(args.seconds)] if args.seconds else []
+    yield "prefill", ["--models", *models, "--shapes", *shapes, *seconds, *common]
     if pure:
         yield "decode", ["--models", *pure, "--batches", *map(str, args.batches), *common]
         short = [f"{prompts}x{length}" for prompts in args.prompts for length in args.lengths if length <= 8192]
