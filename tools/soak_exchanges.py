@@ -21,8 +21,8 @@ class Exchange:
 
     Args:
         group: which of the soak's groups.
-        name: "product": x [rows, inner] times a weight [columns, inner]; "sent": the same, by two kernels; "parts":
-            `inner` parts of [rows, columns]; "argmax": [rows, columns] of each rank.
+        name: "product": x [rows, inner] times a weight [columns, inner]; "sent": the same, with a norm; "parts": `inner` parts of [rows, columns];
+            "argmax": [rows, columns] of each rank.
     """
 
     group: int
