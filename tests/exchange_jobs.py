@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from symmetric_jobs import _differ_from_steps, _launch_module, workspace
+from symmetric_jobs import _launch_module, workspace
 
 from megatron_ssm_tp.comm.recipes import Bf16
 from megatron_ssm_tp.comm.tuning import Launch
@@ -43,25 +43,4 @@ def largest(directory: Path, vocabulary: int, seed: int) -> list[str]:
         expected = whole[:, :vocabulary].bfloat16().argmax(-1)
         if not torch.equal(found, expected):
             wrong.append(f"{rows} rows: {found} for {expected}")
-    return wrong
-
-
-def sent_products(directory: Path, shapes: list[tuple[int, int, int]]) -> list[str]:
-    """Products that are sent, added to a residual stream and normed, that are not those of a fused reduction; with
-    reductions of other kinds between them."""
-    module, space, wrong = _launch_module(), workspace(directory, 1 << 20), []
-    from megatron_ssm_tp.comm.exchange_triton import reduced_product, sum_add_norm
-
-    generator = torch.Generator().manual_seed(5 + dist.get_rank())
-    for rows, columns, requests in shapes:
-        x = torch.randint(-1, 2, (requests, columns), generator=generator).bfloat16()
-        weight = torch.randint(-1, 2, (rows, columns), generator=generator).bfloat16()
-        norm = torch.rand(rows, generator=torch.Generator().manual_seed(1)).bfloat16()
-        for residual in (torch.ones(requests, 1, rows), torch.ones(requests, 1, rows).bfloat16()):
-            own = reduced_product(space, x, weight, wait=False)
-            stream, normed = sum_add_norm(space, own.view(residual.shape), residual, norm, 1e-5)
-            total = module.reduce(space, x @ weight.T, Bf16(32), 0, Launch("words", tile=32)).view(residual.shape)
-            problem = _differ_from_steps(stream, normed, (residual + total).to(residual.dtype), norm, 1e-5)
-            if problem or not torch.equal(own, x @ weight.T):
-                wrong.append(f"{rows} x {columns}, {requests}: {problem}")
     return wrong

@@ -129,13 +129,7 @@ def compile_for_hopper(kernel: str, shape: dict, ones: dict[str, int]) -> Any:
 
 def exchanges_for_hopper() -> list[dict]:
     """exchange_triton.py's kernels for x_proj's product and for a vocabulary of Falcon-Mamba-7B's, on two ranks."""
-    from megatron_ssm_tp.comm.exchange_triton import (
-        BLOCK,
-        WARPS,
-        add_norm_of_words,
-        argmax_row_over_ranks,
-        sum_products,
-    )
+    from megatron_ssm_tp.comm.exchange_triton import BLOCK, WARPS, argmax_row_over_ranks, sum_products
     from megatron_ssm_tp.ops.few_rows import pick_launch
 
     ranks, made = {"RANK": 1, "RANKS": 2, "OVERLAPS": True}, []
@@ -150,12 +144,8 @@ def exchanges_for_hopper() -> list[dict]:
         how = pick_launch(288, 4096, requests)
         types = dict.fromkeys(("x_ptr", "weight_ptr", "out_ptr"), "*bf16") | link | {"rows": "i32", "x_stride": "i32"}
         constants = {"UNIT": 8, "COLUMNS": 4096, "REQUESTS": requests, "ROWS": how.rows, "BLOCK_K": how.block_k}
-        constants |= {"STAGES": how.stages, "THREADS": 32 * how.warps, "WAIT": True} | ranks
+        constants |= {"STAGES": how.stages, "THREADS": 32 * how.warps} | ranks
         made.append(_for_hopper(sum_products, types, constants, how.warps))
-    types = {f"{name}_ptr": "*bf16" for name in ("own", "weight", "normed")} | link | {"eps": "fp32"}
-    types |= {"residual_ptr": "*fp32", "stream_ptr": "*fp32"}
-    constants = {"COLUMNS": 4096, "WIDTH": 4096, "THREADS": 256} | ranks
-    made.append(_for_hopper(add_norm_of_words, types, constants, 8))
     types = {"x_ptr": "*bf16", "out_ptr": "*i64", **link, **dict.fromkeys(("x_stride", "columns", "first"), "i32")}
     constants = {"BLOCK": BLOCK, "THREADS": 32 * WARPS} | ranks
     return [*made, _for_hopper(argmax_row_over_ranks, types, constants, WARPS)]

@@ -12,7 +12,7 @@ from jobs import build, groups
 
 from megatron_ssm_tp import LLM, SamplingParams, UserError, allreduce_autocast
 from megatron_ssm_tp.comm.recipe_book import RecipeBook
-from megatron_ssm_tp.comm.recipes import AllReduceRecipe, Bf16, Int8BlockScaling
+from megatron_ssm_tp.comm.recipes import AllReduceRecipe, Int8BlockScaling
 from megatron_ssm_tp.compat.cpu import megatron_on_cpu
 from megatron_ssm_tp.layers.model import SSMModel
 from megatron_ssm_tp.layers.overlap import HALVES, set_overlap
@@ -288,39 +288,6 @@ def fused_and_not(
             without = answers()
     assert calls == found
     return found, with_it, without
-
-
-def sent_and_not(path: Path, prompts: list, n: int) -> tuple[int, list, list]:
-    """How many products of few rows were sent as they were made, by stand-ins; tokens and their log-probabilities then,
-    and without."""
-    from megatron_ssm_tp.comm.fused import all_reduce_add_norm
-    from megatron_ssm_tp.layers import layer, row_parallel
-
-    recipe, sent, summed = Bf16(block_size=16), [], []
-
-    def sent_product(x: torch.Tensor, weight: torch.Tensor, *_: Any) -> torch.Tensor | None:
-        if x.shape[:-1].numel() > 2:
-            return None
-        sent.append(torch.nn.functional.linear(x, weight))
-        return sent[-1]
-
-    def sum_add_norm(own: torch.Tensor, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        summed.append(own)
-        return all_reduce_add_norm(own, *arguments, recipe)
-
-    params = SamplingParams(temperature=0, num_tokens_to_generate=n, termination_id=-1, return_log_probs=True)
-    model = LLM.from_pretrained(path, tp_allreduce=recipe)
-
-    def answers() -> list[tuple[list[int], list[float]]]:
-        return [(output.token_ids, output.logprobs) for output in model.generate(prompts, params)]
-
-    with (
-        mock.patch.object(row_parallel, "sent_product", sent_product),
-        mock.patch.object(layer, "sum_add_norm", sum_add_norm),
-    ):
-        with_it = answers()
-    alike = len(sent) == len(summed) and all(a is b for a, b in zip(sent, summed, strict=True))
-    return len(summed) if alike else -1, with_it, answers()
 
 
 def overlapped_and_whole(

@@ -193,9 +193,3 @@ def test_the_largest_of_all_ranks_is_found(interpreted, directory, p, vocabulary
     """With 4 values on three ranks the last has padding alone."""
     found = interpreted(p).run(exchange_jobs.largest, directory / f"{p}-{1 << 20}", vocabulary, vocabulary)
     assert found == [[]] * p
-
-
-@pytest.mark.parametrize("p", [2, 3], ids=lambda p: f"P{p}")
-def test_products_that_are_sent_are_added_and_normed(interpreted, directory, p):
-    shapes = [(32, 16, 1), (96, 1024, 2), (1056, 40, 2)]
-    assert interpreted(p).run(exchange_jobs.sent_products, directory / f"{p}-{1 << 20}", shapes) == [[]] * p

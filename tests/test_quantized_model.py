@@ -152,14 +152,6 @@ def test_additions_are_left_to_the_next_norm_in_inference(world, tiny, family, d
         assert fused["add_rms_norm"] > 0 == fused["all_reduce_add_norm"]
 
 
-def test_products_that_are_sent_are_summed_with_the_next_norm(world, tiny):
-    """Steps of one and two requests; the pass over prompts, and steps of three, go their old way."""
-    path, layers = tiny("falcon_mamba").path, 3
-    for prompts, steps in (([IDS, IDS[:5]], 3), ([IDS, IDS[:5], IDS[:4]], 0)):
-        for count, with_it, without in world(2).run(quantized_jobs.sent_and_not, path, prompts, 4):
-            assert with_it == without and count == layers * steps
-
-
 def test_a_layer_that_is_looked_at_keeps_to_itself(world, tiny):
     [(fused, with_it, without)] = world(1).run(
         quantized_jobs.fused_and_not, tiny("falcon_mamba").path, [IDS], 1, None, hooked=True

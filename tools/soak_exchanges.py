@@ -7,12 +7,12 @@ import torch
 import torch.distributed as dist
 from soak_calls import ratio_to_bound
 
-from megatron_ssm_tp.comm.exchange import argmax_over_ranks, linear_all_reduce, sent_product, sum_add_norm
+from megatron_ssm_tp.comm.exchange import argmax_over_ranks, linear_all_reduce
 from megatron_ssm_tp.comm.mappings import reduce_parts
 from megatron_ssm_tp.comm.recipes import Bf16
 from megatron_ssm_tp.ops.few_rows import IN_LANES
 
-_KINDS = ("product", "sent", "parts", "argmax")
+_KINDS = ("product", "parts", "argmax")
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Exchange:
 
     Args:
         group: which of the soak's groups.
-        name: "product": x [rows, inner] times a weight [columns, inner]; "sent": the same, with a norm; "parts": `inner` parts of [rows, columns];
+        name: "product": x [rows, inner] times a weight [columns, inner]; "parts": `inner` parts of [rows, columns];
             "argmax": [rows, columns] of each rank.
     """
 
@@ -50,7 +50,7 @@ def draw_exchange(rng: Random, groups: int, backends: tuple[str, ...], block_siz
             backend = "symmetric"
     rows, columns = rng.randint(1, IN_LANES), rng.choice((1, 33, 288, 1024, 1100))
     inner = rng.choice((64, 300, 1024, 4096))
-    if name in ("parts", "argmax"):
+    if name != "product":
         rows, columns = rng.choice((1, 3, 64)), rng.choice((1, 288, 4096, 20000))
         inner = rng.randint(2, 16)
     return Exchange(rng.randrange(groups), name, Bf16(rng.choice(block_sizes), backend=backend), rows, columns, inner)
@@ -70,7 +70,7 @@ class PreparedExchange:
         def normal(*shape: int) -> torch.Tensor:
             return torch.randn(shape, generator=generator, device=self.device)
 
-        if call.name in ("product", "sent"):
+        if call.name == "product":
             return [normal(call.rows, call.inner).bfloat16(), normal(call.columns, call.inner).bfloat16()]
         if call.name == "parts":
             return [normal(call.inner, call.rows, call.columns)]
@@ -85,7 +85,7 @@ class PreparedExchange:
             self.exact = torch.cat([x for (x,) in brought], dim=1).argmax(-1)
             return
         eps = torch.finfo(torch.bfloat16).eps
-        if self.call.name in ("product", "sent"):
+        if self.call.name == "product":
             sums = [x.double() @ w.double().T for x, w in brought]
             within = sum(x.double().abs() @ w.double().abs().T for x, w in brought)
         else:
@@ -99,21 +99,9 @@ class PreparedExchange:
         call = self.call
         if call.name == "product":
             return (linear_all_reduce(*self.inputs, self.group, call.recipe),)
-        if call.name == "sent":
-            return (self._sent(),)
         if call.name == "parts":
             return (reduce_parts(*self.inputs, torch.bfloat16, self.group, call.recipe),)
         return (argmax_over_ranks(*self.inputs, self.group.rank() * call.columns, call.columns, self.group),)
-
-    def _sent(self) -> torch.Tensor:
-        """The sum, float32, as a residual of zeros has it; Inf where its norm is another's."""
-        own = sent_product(*self.inputs, self.group, self.call.recipe)
-        if own is None:
-            return linear_all_reduce(*self.inputs, self.group, self.call.recipe).float()
-        zeros, ones = torch.zeros(own.shape, device=self.device), torch.ones_like(own[0])
-        stream, normed = sum_add_norm(own, zeros, ones, 1e-5, self.group)
-        off = normed.float() * stream.pow(2).mean(-1, keepdim=True).add(1e-5).sqrt() - stream
-        return torch.where(off.abs() <= 0.02 * stream.abs() + 1e-3, stream, torch.inf)
 
     def off(self, result: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """The largest error over its bound, float64 []: above 1 is wrong."""

@@ -11,8 +11,7 @@ from ..ops.few_rows import IN_LANES, few_rows_parts
 from . import mappings, symmetric
 from .recipes import AllReduceRecipe
 
-_ROWS_AT_ONCE = 1024  # of a weight: a program each; an H100 runs as many at a time
-_MOST_ROWS = 16384  # whose sums a program can hold
+_MOST_ROWS = 1024  # of a weight: a program each; an H100 runs as many at a time
 
 
 def linear_all_reduce(
@@ -29,43 +28,13 @@ def linear_all_reduce(
     Returns:
         [.., R], x's dtype.
     """
-    if _is_exchanged(x, weight, group, recipe, _ROWS_AT_ONCE):
-        return _product(x, weight, group, wait=True)
+    few = 0 < x.shape[:-1].numel() <= IN_LANES and weight.shape[0] <= _MOST_ROWS and x.dtype == weight.dtype
+    if few and recipe.min_bytes == 0 and kernels_can_take(x, weight) and shares_words(x, group, recipe):
+        from .exchange_triton import reduced_product
+
+        out = reduced_product(symmetric.workspace_of(group), x.reshape(-1, x.shape[-1]), weight)
+        return out.view(*x.shape[:-1], -1)
     return mappings.reduce_parts(few_rows_parts(x, weight), x.dtype, group, recipe)
-
-
-def sent_product(
-    x: torch.Tensor, weight: torch.Tensor, group: dist.ProcessGroup, recipe: AllReduceRecipe
-) -> torch.Tensor | None:
-    """As linear_all_reduce for a weight of any number of rows, but for the sum: this rank's product, while the others'
-    is under way. The next call over the group must be sum_add_norm of it. None: it has to be made and reduced apart."""
-    if not _is_exchanged(x, weight, group, recipe, _MOST_ROWS):
-        return None
-    return _product(x, weight, group, wait=False)
-
-
-def sum_add_norm(
-    own: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, group: dist.ProcessGroup
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """fused.all_reduce_add_norm of what sent_product has returned."""
-    from .exchange_triton import sum_add_norm
-
-    return sum_add_norm(symmetric.workspace_of(group), own, residual, weight, eps)
-
-
-def _is_exchanged(
-    x: torch.Tensor, weight: torch.Tensor, group: dist.ProcessGroup, recipe: AllReduceRecipe, most: int
-) -> bool:
-    """Whether a product of one or two rows of x, and at most so many of the weight, goes by words."""
-    few = 0 < x.shape[:-1].numel() <= IN_LANES and 0 < weight.shape[0] <= most and x.dtype == weight.dtype
-    return few and recipe.min_bytes == 0 and kernels_can_take(x, weight) and shares_words(x, group, recipe)
-
-
-def _product(x: torch.Tensor, weight: torch.Tensor, group: dist.ProcessGroup, wait: bool) -> torch.Tensor:
-    from .exchange_triton import reduced_product
-
-    out = reduced_product(symmetric.workspace_of(group), x.reshape(-1, x.shape[-1]), weight, wait)
-    return out.view(*x.shape[:-1], -1)
 
 
 def argmax_over_ranks(x: torch.Tensor, first: int, columns: int, group: dist.ProcessGroup) -> torch.Tensor:

@@ -14,8 +14,7 @@ from ..ops.argmax_triton import BLOCK, WARPS, largest_of
 from ..ops.few_rows import pick_launch
 from ..ops.few_rows_triton import row_products
 from ..ops.kernel_calls import launch
-from ..ops.launching import last_axis_dense, power_of_two, row_unit
-from ..ops.norm_triton import normed_rows, tile_of
+from ..ops.launching import last_axis_dense, row_unit
 from ..ops.overlap_triton import await_inputs
 from .transports import finish_call, send_words, sum_over_ranks, words_of
 from .workspace import WORDS_SLOT_BYTES, Workspace
@@ -23,9 +22,8 @@ from .workspace import WORDS_SLOT_BYTES, Workspace
 SLOT_BYTES = tl.constexpr(WORDS_SLOT_BYTES)
 
 
-def reduced_product(workspace: Workspace, x: torch.Tensor, weight: torch.Tensor, wait: bool = True) -> torch.Tensor:
-    """x [s, K] weight [R, K]^T in x's dtype, summed over the ranks; or if it is not to `wait` for theirs, this rank's,
-    which the others are sent: sum_add_norm is the rest."""
+def reduced_product(workspace: Workspace, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x [s, K] weight [R, K]^T in x's dtype, summed over the ranks."""
     (requests, columns), rows = x.shape, weight.shape[0]
     out, how = torch.empty((requests, rows), dtype=x.dtype, device=x.device), pick_launch(rows, columns, requests)
     x, weight = last_axis_dense(x), weight.contiguous()
@@ -41,29 +39,9 @@ def reduced_product(workspace: Workspace, x: torch.Tensor, weight: torch.Tensor,
         ROWS=how.rows,
         BLOCK_K=how.block_k,
         STAGES=how.stages,
-        WAIT=wait,
         **_ranks(workspace, how.warps),
     )
     return out
-
-
-def sum_add_norm(
-    workspace: Workspace, own: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """exchange.sum_add_norm over a workspace."""
-    residual, columns = residual.contiguous(), own.shape[-1]
-    stream, normed = torch.empty_like(residual), torch.empty(residual.shape, dtype=weight.dtype, device=own.device)
-    _, width, warps = tile_of(columns, (1, max(1, min(16, power_of_two(columns) // 512))))
-    launch(
-        add_norm_of_words,
-        (own.numel() // columns,),
-        (own.contiguous(), residual, weight.contiguous(), stream, normed, workspace.counters),
-        (*_numbers(workspace), eps),
-        COLUMNS=columns,
-        WIDTH=width,
-        **_ranks(workspace, warps),
-    )
-    return stream, normed
 
 
 def largest_over_ranks(workspace: Workspace, x: torch.Tensor, first: int, columns: int) -> torch.Tensor:
@@ -102,14 +80,12 @@ def sum_products(
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
-    WAIT: tl.constexpr,
     RANK: tl.constexpr,
     RANKS: tl.constexpr,
     THREADS: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """few_rows_triton.lane_sums, summed over the ranks; each rank's are rounded before. Without WAIT the call is not
-    over: add_norm_of_words ends it."""
+    """few_rows_triton.lane_sums, summed over the ranks; each rank's are rounded before."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     weight_at = weight_ptr + tl.minimum(row, rows - 1).to(tl.int64)[:, None] * COLUMNS
     products = row_products(x_ptr, x_stride * UNIT, weight_at, COLUMNS, REQUESTS, ROWS, BLOCK_K, STAGES, OVERLAPS)
@@ -120,50 +96,11 @@ def sum_products(
         own = own + (products[request].to(out_ptr.dtype.element_ty).to(tl.float32),)
         bits = own[request].to(tl.int32, bitcast=True)
         send_words(bits, request * rows + row, row < rows, link, RANK, RANKS)
-    if WAIT:
-        finish_call(counters_ptr, epoch)
-    for request in tl.static_range(REQUESTS):
-        place, total = request * rows + row, own[request]
-        if WAIT:
-            total = sum_over_ranks(total, place, row < rows, link, RANK, RANKS, ROWS, THREADS)
-        tl.store(out_ptr + place, total.to(out_ptr.dtype.element_ty), mask=row < rows)
-
-
-@triton.jit
-def add_norm_of_words(
-    own_ptr,
-    residual_ptr,
-    weight_ptr,
-    stream_ptr,
-    normed_ptr,
-    counters_ptr,
-    buffers,
-    half_bytes,
-    words_at,
-    patience,
-    eps,
-    COLUMNS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    RANK: tl.constexpr,
-    RANKS: tl.constexpr,
-    THREADS: tl.constexpr,
-    OVERLAPS: tl.constexpr,
-):
-    """A row of what sum_products has left and sent, summed over the ranks; residual + that, and the norm of it. Rounds
-    where norm_triton.normalize_rows does."""
-    await_inputs(OVERLAPS)
-    row, column = tl.program_id(0), tl.arange(0, WIDTH)[None, :]
-    place, mask = row * COLUMNS + column, column < COLUMNS
-    epoch = tl.load(counters_ptr, volatile=True) + 1
-    link = (buffers, 0, (epoch & 1).to(tl.int64) * half_bytes + words_at, SLOT_BYTES, 0, epoch, patience)
-    own = tl.load(own_ptr + place, mask=mask, other=0.0)
-    residual = tl.load(residual_ptr + place, mask=mask, other=0.0)
-    weight = tl.load(weight_ptr + column, mask=mask, other=0.0)
     finish_call(counters_ptr, epoch)
-    total = sum_over_ranks(own.to(tl.float32), place, mask, link, RANK, RANKS, WIDTH, THREADS).to(own.dtype)
-    stream = (residual.to(tl.float32) + total.to(tl.float32)).to(residual.dtype)
-    tl.store(stream_ptr + place, stream, mask=mask)
-    tl.store(normed_ptr + place, normed_rows(stream.to(weight.dtype), weight, COLUMNS, eps), mask=mask)
+    for request in tl.static_range(REQUESTS):
+        place = request * rows + row
+        total = sum_over_ranks(own[request], place, row < rows, link, RANK, RANKS, ROWS, THREADS)
+        tl.store(out_ptr + place, total.to(out_ptr.dtype.element_ty), mask=row < rows)
 
 
 @triton.jit

@@ -9,7 +9,6 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from ..comm.exchange import sum_add_norm
 from ..comm.fused import all_reduce_add_norm
 from ..ops.norm import add_rms_norm
 from .norm import LocalRMSNorm
@@ -67,8 +66,6 @@ class MixerLayer(MambaLayer):
         if recipe is not None:
             with unreduced(linear):
                 partial, _ = self.mixer(normed, inference_context=context)
-            if linear.is_sent:
-                return sum_add_norm(partial, residual, following.weight, following.eps, linear.tp_group)
             return all_reduce_add_norm(partial, residual, following.weight, following.eps, linear.tp_group, recipe)
         if not has_parts(linear):
             return _add_and_norm(*self.mixer(normed, inference_context=context), residual, following)

@@ -21,7 +21,7 @@ from torch import nn
 
 from ..comm import mappings
 from ..comm.autocast import recipe_of
-from ..comm.exchange import linear_all_reduce, sent_product
+from ..comm.exchange import linear_all_reduce
 from ..comm.recipe_book import RecipeBook, as_book
 from ..comm.recipes import AllReduceRecipe
 from ..errors import UserError
@@ -35,7 +35,6 @@ class RecipeRowParallelLinear(RowParallelLinear):
     recipes: RecipeBook | None = None
     reduced_elsewhere = False  # its product is part of another site's reduction
     left_partial = False  # see unreduced()
-    is_sent = False
 
     def __init__(self, *args, name: str | None = None, **kwargs) -> None:
         super().__init__(*args, name=name, **kwargs)
@@ -58,7 +57,8 @@ class RecipeRowParallelLinear(RowParallelLinear):
         if recipe is None:
             out = all_reduce_in_place(partial_product(self, input_), self.tp_group)
         elif self.left_partial:
-            return self._partial(input_, recipe), self.bias
+            parts = few_rows_parts(input_, self.weight) if is_lean(self) else partial_product(self, input_)[None]
+            return parts, self.bias
         elif is_lean(self):
             out = linear_all_reduce(input_, self.weight, self.tp_group, recipe)
         else:
@@ -67,14 +67,6 @@ class RecipeRowParallelLinear(RowParallelLinear):
         if self.skip_bias_add or self.bias is None:
             return out, self.bias if self.skip_bias_add else None
         return out + self.bias, None
-
-    def _partial(self, input_: torch.Tensor, recipe: AllReduceRecipe) -> torch.Tensor:
-        """This rank's part of the product, as parts [P, .., h]; or as one [.., h], if the peers are sent it already."""
-        if not is_lean(self):
-            return partial_product(self, input_)[None]
-        sent = sent_product(input_, self.weight, self.tp_group, recipe)
-        self.is_sent = sent is not None
-        return sent if self.is_sent else few_rows_parts(input_, self.weight)
 
 
 def recipe_now(linear: nn.Module | None) -> AllReduceRecipe | None:
@@ -129,9 +121,8 @@ def reduce_partial(linear: RowParallelLinear, partial: torch.Tensor, exact_colum
 @contextmanager
 def unreduced(linear: RecipeRowParallelLinear) -> Iterator[None]:
     """Within, the products of `linear` that a recipe would reduce are left to the caller to sum, bias unadded, as parts
-    [P, .., h]; so are those of one rank's, see has_parts(). Where linear.is_sent after it, the sum is the next thing to
-    be asked for: exchange.sum_add_norm."""
-    linear.left_partial, linear.is_sent = True, False
+    [P, .., h]; so are those of one rank's, see has_parts()."""
+    linear.left_partial = True
     try:
         yield
     finally:

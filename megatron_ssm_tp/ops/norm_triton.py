@@ -111,13 +111,8 @@ def normalize_rows(
         x = (residual.to(tl.float32) + x.to(tl.float32)).to(residual.dtype)
         tl.store(stream_ptr + row * COLUMNS + column, x, mask=mask)
         x = x.to(weight.dtype)
-    tl.store(out_ptr + row * COLUMNS + column, normed_rows(x, weight, COLUMNS, eps), mask=mask)
-
-
-@triton.jit
-def normed_rows(x, weight, COLUMNS: tl.constexpr, eps):
-    """norm.rms_norm of rows x [ROWS, WIDTH], zeros beyond COLUMNS; weight [1, WIDTH]."""
     wide = x.to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide, axis=1, keep_dims=True) / COLUMNS + eps)
     normed = (wide * scale).to(x.dtype).to(weight.dtype).to(tl.float32)
-    return (normed * weight.to(tl.float32)).to(weight.dtype)
+    normed = (normed * weight.to(tl.float32)).to(weight.dtype)
+    tl.store(out_ptr + row * COLUMNS + column, normed, mask=mask)
