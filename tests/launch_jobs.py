@@ -153,3 +153,15 @@ def exchanges_for_hopper() -> list[dict]:
 
 def _for_hopper(kernel: Any, types: dict, constants: dict, warps: int) -> dict:
     return compiled(kernel, types, constants, {"num_warps": warps}, ("_ptr", "_stride")).asm
+
+
+def words_shared(recipes: list) -> list[bool]:
+    """exchange.shares_words of 16 bytes of bfloat16 where the symmetric backend is there; last, of float32."""
+    from unittest import mock
+
+    from megatron_ssm_tp.comm import exchange, symmetric
+
+    x = torch.zeros(8, dtype=torch.bfloat16)
+    with mock.patch.object(symmetric, "supports", lambda *_: (True, "")):
+        found = [exchange.shares_words(x, dist.group.WORLD, recipe) for recipe in recipes]
+        return [*found, exchange.shares_words(x.float(), dist.group.WORLD, recipes[1])]

@@ -118,3 +118,10 @@ def test_what_is_made_and_exchanged_at_once_compiles_for_hopper():
     pytest.importorskip("triton")
     for asm in jobs.exchanges_for_hopper():
         assert ".local" not in asm["ptx"] and "trap" in asm["ptx"] and "griddepcontrol.wait" in asm["ptx"]
+
+
+def test_what_is_exchanged_exactly_goes_by_the_kernels_that_a_recipe_asks_for(world):
+    """Of any format; not by other backends, of few bytes, or of other dtypes."""
+    recipes = [None, Bf16(), Int8BlockScaling(), Int8BlockScaling(backend="collective"), Int8BlockScaling(min_bytes=17)]
+    for found in world(2).run(jobs.words_shared, recipes):
+        assert found == [False, True, True, False, False, False]

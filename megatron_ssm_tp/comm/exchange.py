@@ -1,6 +1,6 @@
 """What one kernel makes and exchanges over the ranks, where it is so little that a launch of its own would cost more.
 
-By kernels over a group's shared memory (symmetric.py), where recipes ask for 16-bit sums.
+By kernels over a group's shared memory (symmetric.py), where recipes ask for them.
 """
 
 import torch
@@ -29,7 +29,8 @@ def linear_all_reduce(
         [.., R], x's dtype.
     """
     few = 0 < x.shape[:-1].numel() <= IN_LANES and weight.shape[0] <= _MOST_ROWS and x.dtype == weight.dtype
-    if few and recipe.min_bytes == 0 and kernels_can_take(x, weight) and shares_words(x, group, recipe):
+    plain = recipe.name == "bf16" and recipe.min_bytes == 0
+    if few and plain and kernels_can_take(x, weight) and shares_words(x, group, recipe):
         from .exchange_triton import reduced_product
 
         out = reduced_product(symmetric.workspace_of(group), x.reshape(-1, x.shape[-1]), weight)
@@ -53,7 +54,8 @@ def argmax_over_ranks(x: torch.Tensor, first: int, columns: int, group: dist.Pro
 
 
 def shares_words(x: torch.Tensor, group: dist.ProcessGroup, recipe: AllReduceRecipe | None) -> bool:
-    """Whether `recipe` asks for sums of 16 bits that kernels of ours make of x: what is of few words then goes by
-    them. The same on every rank."""
-    asked = recipe is not None and recipe.name == "bf16" and recipe.backend in ("auto", "symmetric")
-    return asked and x.dtype == torch.bfloat16 and group.size() > 1 and symmetric.supports(x, group, recipe)[0]
+    """Whether by `recipe` kernels of ours would reduce x, of 16 bits: what is exchanged exactly then goes by them too.
+    The same on every rank."""
+    asked = recipe is not None and recipe.backend in ("auto", "symmetric")
+    large = asked and x.numel() * x.element_size() >= recipe.min_bytes
+    return large and x.dtype == torch.bfloat16 and group.size() > 1 and symmetric.supports(x, group, recipe)[0]

@@ -10,6 +10,7 @@ from megatron.core.transformer import TransformerConfig
 from ..comm.autocast import recipe_of
 from ..comm.exchange import argmax_over_ranks, shares_words
 from ..comm.mappings import reduce_from_tensor_model_parallel_region
+from ..comm.recipes import Bf16
 from ..config import AttentionConfig, Layer, ModelConfig
 from ..ops.argmax import argmax_rows
 from ..ops.embedding import embedding_rows
@@ -82,9 +83,8 @@ class SSMModel(HybridModel):
         if group.size() == 1:
             return embedding_rows(token_ids, words.weight, 0, dtype)[:, None]
         rows = embedding_rows(token_ids, words.weight, words.vocab_start_index, words.weight.dtype)
-        # All ranks but one add zeros: 16-bit sums are exact, and those of other formats would not be.
-        recipe = recipe_of("embedding.word_embeddings", group)
-        recipe = recipe if shares_words(rows, group, recipe) else None
+        # All ranks but one add zeros: 16-bit sums are exact, whatever the recipe would make of them.
+        recipe = Bf16() if shares_words(rows, group, recipe_of("embedding.word_embeddings", group)) else None
         return reduce_from_tensor_model_parallel_region(rows, group, recipe).to(dtype)[:, None]
 
     def _scale_logits(self, logits: torch.Tensor) -> torch.Tensor:
