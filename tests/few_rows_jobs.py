@@ -6,7 +6,8 @@ import torch
 from interpreter import patch_interpreter
 
 from megatron_ssm_tp.ops import dt_step
-from megatron_ssm_tp.ops.few_rows import FewRowsLaunch, TilesLaunch, joined, pick_launch
+from megatron_ssm_tp.ops.few_rows import joined
+from megatron_ssm_tp.ops.few_rows_launch import FewRowsLaunch, TilesLaunch, pick_launch
 
 ERRORS = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 6e-3}
 

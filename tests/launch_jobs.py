@@ -130,7 +130,7 @@ def compile_for_hopper(kernel: str, shape: dict, ones: dict[str, int]) -> Any:
 def exchanges_for_hopper() -> list[dict]:
     """exchange_triton.py's kernels for x_proj's product and for a vocabulary of Falcon-Mamba-7B's, on two ranks."""
     from megatron_ssm_tp.comm.exchange_triton import BLOCK, WARPS, argmax_row_over_ranks, sum_products
-    from megatron_ssm_tp.ops.few_rows import pick_launch
+    from megatron_ssm_tp.ops.few_rows_launch import pick_launch
 
     ranks, made = {"RANK": 1, "RANKS": 2, "OVERLAPS": True}, []
     link = {

@@ -10,15 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_ssm_tp.ops import dt_step
-from megatron_ssm_tp.ops.few_rows import (
-    FewRowsLaunch,
-    TilesLaunch,
-    few_rows_linear,
-    few_rows_parts,
-    joined,
-    pick_launch,
-    pick_tiles,
-)
+from megatron_ssm_tp.ops.few_rows import few_rows_linear, few_rows_parts, joined
+from megatron_ssm_tp.ops.few_rows_launch import FewRowsLaunch, TilesLaunch, pick_launch, pick_tiles
 
 pytest.importorskip("triton")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -10,7 +10,7 @@ from soak_calls import ratio_to_bound
 from megatron_ssm_tp.comm.exchange import argmax_over_ranks, linear_all_reduce
 from megatron_ssm_tp.comm.mappings import reduce_parts
 from megatron_ssm_tp.comm.recipes import Bf16
-from megatron_ssm_tp.ops.few_rows import IN_LANES
+from megatron_ssm_tp.ops.few_rows_launch import IN_LANES
 
 _KINDS = ("product", "parts", "argmax")
 

@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 
 from ..ops.choose import kernels_can_take
-from ..ops.few_rows import IN_LANES, few_rows_parts
+from ..ops.few_rows import few_rows_parts
+from ..ops.few_rows_launch import IN_LANES
 from . import mappings, symmetric
 from .recipes import AllReduceRecipe
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from ..ops.argmax_triton import BLOCK, WARPS, largest_of
-from ..ops.few_rows import pick_launch
+from ..ops.few_rows_launch import pick_launch
 from ..ops.few_rows_triton import row_products
 from ..ops.kernel_calls import launch
 from ..ops.launching import last_axis_dense, row_unit

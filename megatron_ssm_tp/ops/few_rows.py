@@ -6,68 +6,13 @@ weight of few rows is shared out by its columns too: what is left are sums over 
 reads and adds.
 """
 
-from dataclasses import dataclass
 from functools import cache
 
 import torch
 import torch.nn.functional as F
 
 from .choose import kernels_can_take
-
-IN_LANES, IN_TILES = 2, 64  # rows of x at most
-_MOST_PARTS = 16
-_ENOUGH, _ALL = 112, 132  # programs: that keep an H100's memory busy, and one for each multiprocessor
-
-
-@dataclass(frozen=True)
-class FewRowsLaunch:
-    """How a product in lanes is launched.
-
-    Args:
-        rows: of the weight, of a program.
-        block_k: columns of a tile; 256 for each warp are loaded 16 bytes a thread and never exchanged.
-        warps: of a program.
-        stages: tiles in flight, in registers.
-    """
-
-    rows: int
-    block_k: int
-    warps: int
-    stages: int = 2
-
-
-@dataclass(frozen=True)
-class TilesLaunch:
-    """How a product in tiles is launched: `parts` of the columns, and for each tiles of [rows, block_k] of the weight,
-    `stages` of them in flight, in shared memory."""
-
-    parts: int
-    stages: int = 4
-    rows: int = 64
-    block_k: int = 128
-    warps: int = 4
-
-
-def pick_launch(rows: int, columns: int, requests: int) -> FewRowsLaunch:
-    """For a weight [rows, columns] and one or two rows of x; measured on an H100 with the sizes of Falcon-Mamba-7B."""
-    if columns < 1024:
-        return FewRowsLaunch(8, max(16, min(256, 1 << (columns - 1).bit_length())), 1)
-    share = 1 if requests == 1 or rows < 1024 else 2  # of x, by the rows of a program
-    return FewRowsLaunch(share, 2048 if columns >= 2048 else 1024, 8 if columns >= 2048 else 4)
-
-
-def pick_tiles(rows: int, columns: int, requests: int) -> TilesLaunch | None:
-    """For a weight [rows, columns] and up to IN_TILES rows of x; None: it cannot be cut so. Measured as pick_launch."""
-    blocks, over = divmod(columns, TilesLaunch.block_k)
-    if over or not IN_LANES < requests <= IN_TILES:
-        return None
-    tiles = -(-rows // TilesLaunch.rows)
-    possible = [parts for parts in range(1, min(_MOST_PARTS, blocks // 2) + 1) if blocks % parts == 0]
-    if not possible:
-        return None
-    parts = next((parts for parts in possible if parts * tiles >= _ENOUGH), possible[-1])
-    # Two programs fit on a multiprocessor with 96 KB each.
-    return TilesLaunch(parts, stages=3 if requests > 32 and parts * tiles > _ALL else 4)
+from .few_rows_launch import IN_LANES, IN_TILES, MOST_PARTS, pick_launch, pick_tiles
 
 
 def few_rows_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -87,7 +32,7 @@ def few_rows_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 def few_rows_parts(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """few_rows_linear's product as a sum: float32 [P, .., R], or [1, .., R] in x's dtype; see `joined`."""
-    parts = _parts(x, weight, most=_MOST_PARTS)
+    parts = _parts(x, weight, most=MOST_PARTS)
     return F.linear(x, weight)[None] if parts is None else parts
 
 

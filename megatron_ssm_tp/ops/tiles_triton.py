@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .few_rows import TilesLaunch
+from .few_rows_launch import TilesLaunch
 from .kernel_calls import launch
 from .launching import last_axis_dense, power_of_two, row_unit
 from .overlap_triton import await_inputs
