@@ -1,5 +1,6 @@
 """What ranks are asked about conversations that go on."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import jobs
@@ -57,6 +58,8 @@ def errors(path: Path, other: Path, hybrid: Path, folder: Path) -> list[str]:
     attempts = [
         lambda: model.generate([[1]], params, states=[state]),
         lambda: model.generate([[1]], params, states=["state"]),
+        lambda: another.generate([[1]], params, states=[replace(state, token_ids=[])]),
+        lambda: another.generate([[1]], params, states=[replace(state, token_ids=[1, 5000])]),
         lambda: model.generate([[1], [2]], params, states=[None]),
         lambda: model.generate([[]], params, states=[None]),
         lambda: megatrons.generate([[1]], params, return_states=True),

@@ -48,7 +48,9 @@ def answers_of_padded_passes(path: Path, prompts: list[list[int]], counts: list[
         tokens = sum(len(tokens) for _, tokens in parts)
         size = next(n for n in TOKENS if n >= tokens), next(n for n in PROMPTS if n >= len(parts))
         sizes.add(size)
-        return engine.passes.padded(parts, count, *size)
+        found = engine.passes.padded(parts, count, *size)
+        assert engine.passes._padded[size].context.mamba_metadata.cu_seqlens[-1] == size[0]  # no row is left unwritten
+        return found
 
     with mock.patch.object(engine.passes, "logits", padded):
         requests = [request_of(prompt, count) for prompt, count in zip(prompts, counts, strict=True)]

@@ -35,6 +35,8 @@ def test_errors_are_one_line(world, tiny, tmp_path):
     expected = [
         r"states\[0\]='ConversationState': is no state of this model; legal: None, or the state of an answer .*",
         r"states\[0\]='str': is no state of this model; legal: None, or .*",
+        r"states\[0\].token_ids=\[\]: is empty; legal: at least one token",
+        r"states\[0\].token_ids=5000: is out of the vocabulary; legal: integers from 0 to \d+",
         r"states=\[None\]: are not as many as prompts; legal: None, or a list of 2",
         r"prompts\[0\]=\[\]: is empty; legal: at least one token",
         r"return_states=True: Megatron's engine returns none; legal: False",

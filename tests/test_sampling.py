@@ -12,7 +12,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from megatron_ssm_tp.inference.sampling import RowParams, SamplingNeeds, _mix, sample, uniform
+from megatron_ssm_tp.inference.sampling import RowParams, SamplingNeeds, mix, sample, uniform
 
 CPU, DRAWS, TOKENS = torch.device("cpu"), 40000, 23
 ALL = SamplingNeeds(random=True, ranked=True, penalized=True, log_probs=True)
@@ -34,7 +34,7 @@ def test_mixing_is_splitmix64s(number):
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
     x ^= x >> 31
     signed = number - 2**64 if number >= 2**63 else number
-    assert int(_mix(torch.tensor([signed]))) & mask == x
+    assert int(mix(torch.tensor([signed]))) & mask == x
 
 
 @pytest.mark.parametrize("vary", ["seeds", "counts"])
@@ -112,3 +112,36 @@ def test_log_probs_are_of_the_logits_as_they_are():
     tokens, log_probs = sample(logits, params, torch.arange(5), ALL, torch.ones(5, TOKENS, dtype=torch.bool))
     expected = logits.float().log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
     torch.testing.assert_close(log_probs, expected)
+
+
+@pytest.mark.parametrize("temperature", [1e-45, 1e-39, 1e-7, 1e-3])
+def test_the_coldest_rows_are_greedy(temperature):
+    logits = torch.stack([LOGITS * 1000, LOGITS])
+    params = params_of(2, temperature=temperature, min_p=0.1, top_p=0.9, top_k=3, seed=5)
+    tokens, log_probs = sample(logits, params, torch.zeros(2, dtype=torch.int64), ALL, torch.zeros(2, TOKENS).bool())
+    assert tokens.tolist() == [LOGITS.argmax().item()] * 2 and log_probs.isfinite().all()
+
+
+@pytest.mark.parametrize("needs", [ALL, SamplingNeeds(random=True), SamplingNeeds()], ids=str)
+def test_what_is_no_number_chooses_some_token_and_leaves_other_rows_alone(needs):
+    logits = LOGITS.repeat(4, 1)
+    logits[1, 3], logits[2] = torch.inf, torch.nan
+    params, counts = params_of(4, temperature=1.0, seed=7), torch.zeros(4, dtype=torch.int64)
+    tokens, _ = sample(logits, params, counts, needs, torch.zeros(4, TOKENS).bool())
+    alone, _ = sample(LOGITS[None], params.at(torch.tensor([0])), counts[:1], needs, torch.zeros(1, TOKENS).bool())
+    assert ((tokens >= 0) & (tokens < TOKENS)).all() and tokens[0] == tokens[3] == alone[0]
+
+
+def test_a_draw_does_not_depend_on_how_sums_are_ordered():
+    """The sums of a large vocabulary in another order, as a GPU may have them, choose the same tokens."""
+    logits = torch.randn(1, 65024, generator=torch.Generator().manual_seed(1)).expand(500, -1)
+    params = params_of(500, temperature=1.0)
+    params.seed[:] = torch.arange(500)
+    tokens, _ = sample(logits, params, torch.zeros(500, dtype=torch.int64), SamplingNeeds(random=True))
+    probs = logits[0].double().softmax(-1)
+    blocks = torch.cat([probs, probs.new_zeros(64 * 1024 - 65024)]).view(64, 1024).cumsum(-1)
+    behind = blocks[:, -1].flip(0).cumsum(0).flip(0)  # from the last block on
+    sums = blocks + (behind[0] - behind)[:, None]
+    u = uniform(params.seed, torch.zeros(500, dtype=torch.int64))
+    expected = torch.searchsorted(sums.flatten(), u.double() * sums.flatten()[65023], right=True)
+    assert torch.equal(tokens, expected)

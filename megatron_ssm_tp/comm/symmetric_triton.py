@@ -2,7 +2,9 @@
 
 The epoch counts a group's calls in device memory, so that a captured kernel counts on as it is replayed. What call e
 writes lies in half e % 2 of the buffers, flags too. A rank that writes call e + 2 has finished e + 1, for which every
-peer had started e + 1 and so had finished e: nobody still reads what is overwritten.
+peer had started e + 1 and so had finished e: nobody still reads what is overwritten. Finished is a call whose kernel
+has completed; the epoch may be counted on before. Kernels that begin while the one before them ends, these and all
+between two calls, therefore wait for its completion (ops/overlap_triton.py) before they read or write.
 
 A release waits until peers have what was written: that takes longer than to write a tile. In long reductions programs
 therefore share the work by roles, some only send and others only receive, and a flag stands for `chunk` tiles. A

@@ -16,7 +16,7 @@ from ..comm.recipe_book import RecipeBook
 from ..layers.model import SSMModel
 from ..layers.pass_context import Counts, PassContext, Slots
 from .graphs import Graphs
-from .sampling import SamplingNeeds
+from .sampling import SamplingNeeds, mix
 from .slots import SlotTable
 from .small_sums import SmallSums
 from .transfers import to_device, to_host
@@ -112,7 +112,7 @@ class Decoder:
         digests = None
         if self._group.size() > 1:
             places = torch.arange(1, tokens.numel() + 1, device=tokens.device).view(tokens.shape)
-            digest = (tokens * places).sum()
+            digest = mix(mix(places) + tokens).sum()
             digests = torch.stack([digest, -digest])
             dist.all_reduce(digests, op=dist.ReduceOp.MAX, group=self._group)
         if tokens.device.type == "cpu":

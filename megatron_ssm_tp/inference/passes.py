@@ -1,8 +1,9 @@
 """Forward passes over prompts, or parts of them, packed end to end.
 
 A short pass takes the host longer to launch than the GPU to run, so that on GPUs short ones are CUDA graphs, for a few
-numbers of tokens and of prompts to which they are padded: what stands behind the last prompt is of none, and further
-prompts are of no tokens, with the row of states that no request has.
+numbers of tokens and of prompts to which they are padded: further prompts are of no tokens, with the row of states that
+no request has, and one more with that row has all tokens behind the last. So every row of a pass is written: blocks of
+quantized sums reach from one into the next.
 """
 
 from collections.abc import Sequence
@@ -89,22 +90,23 @@ class _Padded:
     def __init__(self, rows: int, prompts: int, table: SlotTable) -> None:
         self._nobody, self._prompts = table.slots, prompts
         # One tensor, so that one copy fills all: tokens, slots, the rows behind which logits are wanted, bounds.
-        self._all = torch.zeros(rows + 3 * prompts + 1, dtype=torch.int64, device=table.device)
-        self.tokens, self.slots, self.last, self._bounds = self._all.split([rows, prompts, prompts, prompts + 1])
-        self._cu_seqlens = torch.zeros(prompts + 1, dtype=torch.int32, device=table.device)
-        self.context = PassContext(table, Counts(0, prompts, rows), Slots(None, self.slots, self._cu_seqlens))
+        sizes = [rows, prompts + 1, prompts, prompts + 2]
+        self._all = torch.zeros(sum(sizes), dtype=torch.int64, device=table.device)
+        self.tokens, self.slots, self.last, self._bounds = self._all.split(sizes)
+        self._cu_seqlens = torch.zeros(prompts + 2, dtype=torch.int32, device=table.device)
+        self.context = PassContext(table, Counts(0, prompts + 1, rows), Slots(None, self.slots, self._cu_seqlens))
 
     def blank(self) -> None:
         """No tokens, of nobody."""
         self.fill([])
 
     def fill(self, parts: Sequence[tuple[int, Sequence[int]]]) -> None:
-        none = self._prompts - len(parts)
+        none = self._prompts - len(parts) + 1
         ends = list(accumulate(len(tokens) for _, tokens in parts))
         ids = [token for _, tokens in parts for token in tokens]
         values = [*ids, *[0] * (len(self.tokens) - len(ids))]
         values += [*[slot for slot, _ in parts], *[self._nobody] * none]
-        values += [*[end - 1 for end in ends], *[0] * none]
-        values += [0, *ends, *[len(ids)] * none]
+        values += [*[end - 1 for end in ends], *[0] * (none - 1)]
+        values += [0, *ends, *[len(ids)] * (none - 1), len(self.tokens)]
         self._all.copy_(to_device(values, self._all.device))
         self._cu_seqlens.copy_(self._bounds)

@@ -6,7 +6,7 @@ from megatron.core.inference.sampling_params import SamplingParams
 
 from ..errors import UserError
 from .conversation import ConversationState
-from .requests import Limits, Prompt, Request, read_params, read_prompt, read_stop_words
+from .requests import Limits, Prompt, Request, check_token_ids, read_params, read_prompt, read_stop_words
 from .slots import SlotTable
 from .stopping import StopCondition
 from .tokenizer import NoTokenizer, TextTokenizer
@@ -85,4 +85,6 @@ class Reader:
             if state is not None and not (isinstance(state, ConversationState) and self.table.fits(state.snapshot)):
                 legal = "None, or the state of an answer of this model's, of the same ssm_dtype"
                 raise UserError(f"states[{index}]", type(state).__name__, "is no state of this model", legal)
+            if state is not None:
+                check_token_ids(f"states[{index}].token_ids", state.token_ids, self.limits)
         return list(states)

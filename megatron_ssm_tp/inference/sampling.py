@@ -12,6 +12,7 @@ import torch
 
 from ..ops.argmax import argmax_rows
 
+_COLDEST = 1e-6  # below that a temperature is as good as 0, and its inverse no float32
 _UNIFORM_BITS = 23  # of a float32's mantissa: a product with a sum stays below the sum
 
 
@@ -109,7 +110,10 @@ def sample(
     tokens = argmax_rows(scores)
     if needs.random:
         greedy = params.temperature == 0
-        scaled = scores / torch.where(greedy, 1.0, params.temperature)[:, None]
+        warmth = torch.where(greedy, 1.0, params.temperature.clamp(min=_COLDEST))[:, None]
+        # In float64, where sums in another order, as GPUs have them run by run and by the rows beside, differ by less
+        # than a draw can see.
+        scaled = (scores - scores.amax(-1, keepdim=True)).double() / warmth
         drawn = _draw(scaled.softmax(-1), params, uniform(params.seed, counts), needs.ranked)
         tokens = torch.where(greedy, tokens, drawn)
     if not needs.log_probs:
@@ -124,12 +128,13 @@ def _penalized(scores: torch.Tensor, seen: torch.Tensor, penalty: torch.Tensor) 
 
 
 def _draw(probs: torch.Tensor, params: RowParams, u: torch.Tensor, ranked: bool) -> torch.Tensor:
-    """Token of each row at `u` [rows] of the sums, in the order of the ids, of what is kept of probs [rows, V]."""
+    """Token of each row at `u` [rows] of the sums, in the order of the ids, of what is kept of probs [rows, V]; some
+    token if they are NaN."""
     kept = probs >= params.min_p[:, None] * probs.amax(-1, keepdim=True)
     if ranked:
         kept &= _ranked_high(probs, params)
     sums = torch.where(kept, probs, 0.0).cumsum(-1)
-    return (sums <= u[:, None] * sums[:, -1:]).sum(-1)
+    return (sums <= u[:, None] * sums[:, -1:]).sum(-1).clamp(max=probs.shape[-1] - 1)
 
 
 def _ranked_high(probs: torch.Tensor, params: RowParams) -> torch.Tensor:
@@ -144,11 +149,11 @@ def _ranked_high(probs: torch.Tensor, params: RowParams) -> torch.Tensor:
 
 def uniform(seeds: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     """float32 in [0, 1) of each pair of int64: three rounds of splitmix64's finalizer."""
-    mixed = _mix(_mix(seeds) + counts)
-    return (_mix(mixed) & ((1 << _UNIFORM_BITS) - 1)).float() * 2.0**-_UNIFORM_BITS
+    mixed = mix(mix(seeds) + counts)
+    return (mix(mixed) & ((1 << _UNIFORM_BITS) - 1)).float() * 2.0**-_UNIFORM_BITS
 
 
-def _mix(x: torch.Tensor) -> torch.Tensor:
+def mix(x: torch.Tensor) -> torch.Tensor:
     """splitmix64 (Steele, Lea, Flood 2014) on int64, which wraps as uint64 does."""
     x = x + _signed(0x9E3779B97F4A7C15)
     x = (x ^ _shifted(x, 30)) * _signed(0xBF58476D1CE4E5B9)

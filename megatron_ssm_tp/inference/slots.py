@@ -13,6 +13,7 @@ from ..ops.choose import kernels_can_take
 from ..partition.layout import state_bytes, state_shapes
 from .prefix_cache import Snapshot
 from .sampling import RowParams, SamplingNeeds, sample
+from .transfers import to_device
 
 END_IDS = 8  # of a request, that are looked for on the device; the host looks for all of them
 
@@ -98,10 +99,11 @@ class SlotTable:
             getattr(self.params, name)[slot] = value
         self.counts[slot], self.limits[slot], self.alive[slot] = 0, limit, True
         ids = [*end_ids, *[-1] * END_IDS][:END_IDS]
-        self.end_ids[slot] = torch.tensor(ids, device=self.device)
+        self.end_ids[slot] = to_device(ids, self.device)
         if sampling["repetition_penalty"] != 1:
             self.seen[slot] = False
-            self.seen[slot, torch.tensor(tokens, device=self.device)] = True
+            seen = to_device(tokens, self.device)
+            self.seen[slot].index_put_((seen,), torch.ones_like(seen, dtype=torch.bool))
 
     def end(self, slot: int) -> None:
         """Nothing more is generated in `slot`."""
