@@ -67,6 +67,7 @@ def errors(path: Path, other: Path, hybrid: Path, folder: Path) -> list[str]:
         lambda: model.load_state(folder / "absent"),
         lambda: model.load_state(folder / "broken"),
         lambda: another.save_state(state, folder / "file" / "in"),
+        lambda: another.save_state("state", folder / "nothing"),
     ]
     return [_line(attempt, folder) for attempt in attempts]
 

@@ -44,6 +44,7 @@ def test_errors_are_one_line(world, tiny, tmp_path):
         r"directory='FOLDER/absent': rank-0-of-1.safetensors cannot be read \(.*\); legal: a folder that save_state .*",
         r"directory='FOLDER/broken': rank-0-of-1.safetensors cannot be read \(.*\); legal: a folder that save_state .*",
         r"directory='FOLDER/file/in': cannot be written \(.*\); legal: a folder that can be written to",
+        r"state='str': is no state; legal: that of an answer, of return_states=True",
     ]
     for line, pattern in zip(found, expected, strict=True):
         assert re.fullmatch(pattern, line), line

@@ -37,7 +37,8 @@ _PROMPT, _SHORT, _LONG = 16, 33, 161  # tokens: of mamba-ssm's prompt, and of tw
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64, 256], metavar="N", help="requests (1 8 64 256)")
+    batches = [1, 8, 64, 256]
+    parser.add_argument("--batches", nargs="+", type=int, default=batches, metavar="N", help="requests (1 8 64 256)")
     parser.add_argument(
         "--ssm-dtypes", nargs="+", default=["float32"], metavar="DTYPE", help=f"of states: {', '.join(DTYPES)}"
     )

@@ -30,8 +30,10 @@ def save_state(state: ConversationState, directory: str | Path, group: dist.Proc
     """Write each rank's part to a file of its own in `directory`, which is made if it is not there.
 
     Raises:
-        UserError: some rank cannot write there; the same on all.
+        UserError: it is no state, or some rank cannot write there; the same on all.
     """
+    if not isinstance(state, ConversationState):
+        raise UserError("state", type(state).__name__, "is no state", "that of an answer, of return_states=True")
     file = _file(directory, group)
     partial = file.with_name(file.name + ".partial")
 

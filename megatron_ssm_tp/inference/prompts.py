@@ -83,7 +83,7 @@ class Reader:
             raise UserError("states", states, "are not as many as prompts", f"None, or a list of {count}")
         for index, state in enumerate(states):
             if state is not None and not (isinstance(state, ConversationState) and self.table.fits(state.snapshot)):
-                legal = "None, or the state of an answer of this model's, of the same ssm_dtype"
+                legal = "None, or the state of an answer of this model's, of the same dtype and ssm_dtype"
                 raise UserError(f"states[{index}]", type(state).__name__, "is no state of this model", legal)
             if state is not None:
                 check_token_ids(f"states[{index}].token_ids", state.token_ids, self.limits)
