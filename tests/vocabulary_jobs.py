@@ -14,7 +14,9 @@ def argmax(rows: int, columns: int, most: int) -> bool:
     x = torch.randint(-most, most, (rows, columns + 3), generator=torch.Generator().manual_seed(columns)).float()
     x = x[:, :columns]
     x[-1, columns // 2 :] = float("-inf")
-    return torch.equal(argmax_of_rows(x), x.argmax(-1))
+    odd = torch.full((2, columns), torch.nan)
+    odd[1, 0] = 1.0
+    return torch.equal(argmax_of_rows(x), x.argmax(-1)) and argmax_of_rows(odd).tolist() == [0, 0]
 
 
 def embedding(first: int, tokens: list[int], columns: int, dtype: torch.dtype) -> bool:

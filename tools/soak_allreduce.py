@@ -3,10 +3,9 @@
     torchrun --standalone --nproc-per-node 2 tools/soak_allreduce.py --minutes 2    # ends with PASS or FAIL
 
 Sizes, strides, dtypes, recipes, backends, process groups and fused calls are drawn from a seed that the ranks share,
-and what comm.exchange does among them. A
-batch is some calls in a row, then their checks; on GPUs some batches are captured in CUDA graphs, kept, and replayed
-with new inputs in random order between the others, up to 10 times without a pause. Of such a burst every replay is
-compared between ranks, the last one also with the exact sums.
+and what comm.exchange does among them. A batch is some calls in a row, then their checks; on GPUs some batches are
+captured in CUDA graphs, kept, and replayed with new inputs in random order between the others, up to 10 times without a
+pause. Of such a burst every replay is compared between ranks, the last one also with the exact sums.
 
 To see what the others do when a rank is gone, the last one can kill itself. torchrun must not be quicker than they are:
 

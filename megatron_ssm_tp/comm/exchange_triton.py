@@ -12,9 +12,9 @@ import triton.language as tl
 
 from ..ops.argmax_triton import BLOCK, WARPS, largest_of
 from ..ops.few_rows_launch import pick_launch
-from ..ops.few_rows_triton import row_products
+from ..ops.few_rows_triton import in_lanes, row_products
 from ..ops.kernel_calls import launch
-from ..ops.launching import last_axis_dense, row_unit
+from ..ops.launching import last_axis_dense
 from ..ops.overlap_triton import await_inputs
 from .transports import finish_call, send_words, sum_over_ranks, words_of
 from .workspace import WORDS_SLOT_BYTES, Workspace
@@ -24,23 +24,11 @@ SLOT_BYTES = tl.constexpr(WORDS_SLOT_BYTES)
 
 def reduced_product(workspace: Workspace, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """x [s, K] weight [R, K]^T in x's dtype, summed over the ranks."""
-    (requests, columns), rows = x.shape, weight.shape[0]
-    out, how = torch.empty((requests, rows), dtype=x.dtype, device=x.device), pick_launch(rows, columns, requests)
-    x, weight = last_axis_dense(x), weight.contiguous()
-    unit = row_unit(x.stride(0))
-    launch(
-        sum_products,
-        (-(-rows // how.rows),),
-        (x, weight, out, workspace.counters),
-        (*_numbers(workspace), rows, x.stride(0) // unit),
-        UNIT=unit,
-        COLUMNS=columns,
-        REQUESTS=requests,
-        ROWS=how.rows,
-        BLOCK_K=how.block_k,
-        STAGES=how.stages,
-        **_ranks(workspace, how.warps),
-    )
+    how = pick_launch(*weight.shape, x.shape[0])
+    out = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
+    grid, tensors, numbers, constants = in_lanes(x, weight, how)
+    tensors, numbers = (*tensors, out, workspace.counters), (*_numbers(workspace), *numbers)
+    launch(sum_products, grid, tensors, numbers, **constants, **_ranks(workspace, how.warps))
     return out
 
 
@@ -50,7 +38,9 @@ def largest_over_ranks(workspace: Workspace, x: torch.Tensor, first: int, column
     out = torch.empty(x.shape[0], dtype=torch.int64, device=x.device)
     numbers = (*_numbers(workspace), x.stride(0), columns, first)
     tensors = (x, out, workspace.counters)
-    launch(argmax_row_over_ranks, (x.shape[0],), tensors, numbers, BLOCK=BLOCK, **_ranks(workspace, WARPS))
+    launch(
+        argmax_row_over_ranks, (x.shape[0],), tensors, numbers, BLOCK=BLOCK, num_warps=WARPS, **_ranks(workspace, WARPS)
+    )
     return out
 
 
@@ -59,7 +49,7 @@ def _numbers(workspace: Workspace) -> tuple[Any, ...]:
 
 
 def _ranks(workspace: Workspace, warps: int) -> dict[str, int]:
-    return {"RANK": workspace.rank, "RANKS": workspace.ranks, "THREADS": 32 * warps, "num_warps": warps}
+    return {"RANK": workspace.rank, "RANKS": workspace.ranks, "THREADS": 32 * warps}
 
 
 @triton.jit
@@ -87,8 +77,9 @@ def sum_products(
 ):
     """few_rows_triton.lane_sums, summed over the ranks; each rank's are rounded before."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    weight_at = weight_ptr + tl.minimum(row, rows - 1).to(tl.int64)[:, None] * COLUMNS
-    products = row_products(x_ptr, x_stride * UNIT, weight_at, COLUMNS, REQUESTS, ROWS, BLOCK_K, STAGES, OVERLAPS)
+    products = row_products(
+        x_ptr, x_stride * UNIT, weight_ptr, row, rows, COLUMNS, REQUESTS, ROWS, BLOCK_K, STAGES, OVERLAPS
+    )
     epoch = tl.load(counters_ptr, volatile=True) + 1
     link = (buffers, 0, (epoch & 1).to(tl.int64) * half_bytes + words_at, SLOT_BYTES, 0, epoch, patience)
     own = ()

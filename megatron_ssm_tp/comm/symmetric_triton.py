@@ -82,34 +82,47 @@ def one_shot(
         link = (buffers, flags, half + codes_at, slot_bytes, (epoch & 1) * half_flags, epoch, patience)
         tiles = tl.cdiv(all_blocks, S.tile_blocks)
         if S.split:
-            programs = tile_programs // 2
-            for part in range(program // 2, tl.cdiv(tiles, chunk), programs):
-                end = min((part + 1) * chunk, tiles)
-                if program % 2 == 0:
-                    for tile in tl.range(part * chunk, end, num_stages=3):
-                        codes, scales = encode_own(tile, source, S)
-                        put_to_all(codes, scales, tile, tile, all_blocks, all_blocks, link, S)
-                    raise_flags(link, part * S.ranks, S, False)
-                else:
-                    await_flags(link, part * S.ranks, S, False)
-                    for tile in tl.range(part * chunk, end, num_stages=2):
-                        # Its own is encoded once more: x is in the L2 cache still, codes would go there and back.
-                        codes, scales = encode_own(tile, source, S)
-                        sum_and_store(codes, scales, tile, source, sink, link, S)
-            finish_call(counters_ptr, epoch)
+            _send_or_sum(program, tile_programs // 2, tiles, chunk, counters_ptr, source, sink, link, S)
         else:
-            for tile in range(program, tiles, tile_programs):
-                codes, scales = encode_own(tile, source, S)
-                put_to_all(codes, scales, tile, tile, all_blocks, all_blocks, link, S)
-                if S.flagged:
-                    raise_flags(link, tile * S.ranks, S, False)
-                if tile + tile_programs >= tiles:
-                    finish_call(counters_ptr, epoch)
-                sum_and_store(codes, scales, tile, source, sink, link, S)
+            _send_and_sum(program, tile_programs, tiles, counters_ptr, source, sink, link, S)
     elif S.exact:
         exact = (row_length, x_stride, out_stride, exact_columns, first_exact, exact_values)
         link = (buffers, flags, half + exact_at, exact_slot_bytes, 0, epoch, patience)
         _exact(x_ptr, out_ptr, counters_ptr, program - tile_programs, exact, link, S, EXACT_TILE)
+
+
+@triton.jit
+def _send_and_sum(program, programs, tiles, counters_ptr, source, sink, link, S: tl.constexpr):
+    """Tiles of one_shot one after the other: each is sent, waited for and summed."""
+    all_blocks = source[2]
+    for tile in range(program, tiles, programs):
+        codes, scales = encode_own(tile, source, S)
+        put_to_all(codes, scales, tile, tile, all_blocks, all_blocks, link, S)
+        if S.flagged:
+            raise_flags(link, tile * S.ranks, S, False)
+        if tile + programs >= tiles:
+            finish_call(counters_ptr, link[5])
+        sum_and_store(codes, scales, tile, source, sink, link, S)
+
+
+@triton.jit
+def _send_or_sum(program, programs, tiles, chunk, counters_ptr, source, sink, link, S: tl.constexpr):
+    """Parts of one_shot's tiles, `chunk` each, by programs in two roles, so many of each."""
+    all_blocks = source[2]
+    for part in range(program // 2, tl.cdiv(tiles, chunk), programs):
+        end = min((part + 1) * chunk, tiles)
+        if program % 2 == 0:
+            for tile in tl.range(part * chunk, end, num_stages=3):
+                codes, scales = encode_own(tile, source, S)
+                put_to_all(codes, scales, tile, tile, all_blocks, all_blocks, link, S)
+            raise_flags(link, part * S.ranks, S, False)
+        else:
+            await_flags(link, part * S.ranks, S, False)
+            for tile in tl.range(part * chunk, end, num_stages=2):
+                # Its own is encoded once more: x is in the L2 cache still, codes would go there and back.
+                codes, scales = encode_own(tile, source, S)
+                sum_and_store(codes, scales, tile, source, sink, link, S)
+    finish_call(counters_ptr, link[5])
 
 
 @triton.jit

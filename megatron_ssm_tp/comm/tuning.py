@@ -68,16 +68,17 @@ def launch_for(ranks: int, recipe: AllReduceRecipe, values: int, fused: bool = F
 
     Formats that were not measured are launched as int8, whose kernels are alike; Bf16, of twice the bytes, by `guess`.
     """
-    names = (recipe.name, "int8") if recipe.name != "bf16" else (recipe.name,)
-    for name in names:
-        rows = [row for row in table() if (row.ranks, row.recipe, row.fused) == (ranks, name, fused)]
-        if rows:
-            launch = next((row for row in rows if values <= row.values), rows[-1]).launch
-            break
-    else:
-        launch = guess(ranks, recipe, values)
+    launch = _measured(ranks, recipe, values, fused) or guess(ranks, recipe, values)
     spread = parts > 1 and not fused and launch.way == "words"
     return replace(launch, tile=128, warps=4) if spread else launch  # a value a thread, and its parts
+
+
+def _measured(ranks: int, recipe: AllReduceRecipe, values: int, fused: bool) -> Launch | None:
+    for name in (recipe.name, "int8") if recipe.name != "bf16" else (recipe.name,):
+        rows = [row for row in table() if (row.ranks, row.recipe, row.fused) == (ranks, name, fused)]
+        if rows:
+            return next((row for row in rows if values <= row.values), rows[-1]).launch
+    return None
 
 
 def guess(ranks: int, recipe: AllReduceRecipe, values: int) -> Launch:

@@ -6,7 +6,8 @@ from .choose import kernels_can_take
 
 
 def argmax_rows(x: torch.Tensor) -> torch.Tensor:
-    """x [rows, V] -> the place of each row's largest value, int64 [rows]; of equal ones the first. x has no NaN."""
+    """x [rows, V] -> the place of each row's largest value, int64 [rows]; of equal ones the first; of a
+    row with NaN some place."""
     if not kernels_can_take(x):
         return x.argmax(-1)
     from .argmax_triton import argmax_of_rows

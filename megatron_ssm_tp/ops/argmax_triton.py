@@ -37,6 +37,6 @@ def largest_of(x_ptr, columns, BLOCK: tl.constexpr):
     for begin in range(0, columns, BLOCK):
         x = tl.load(x_ptr + begin + within, mask=begin + within < columns, other=float("-inf")).to(tl.float32)
         place = tl.where(x > largest, begin + within, place)
-        largest = tl.maximum(largest, x)
+        largest = tl.where(x > largest, x, largest)  # NaN is not, whatever a maximum makes of it
     value = tl.max(largest, axis=0)
     return value, tl.min(tl.where(largest == value, place, 0x7FFFFFFF), axis=0)

@@ -16,26 +16,24 @@ from .overlap_triton import await_inputs
 
 def few_rows_product(x: torch.Tensor, weight: torch.Tensor, how: FewRowsLaunch) -> torch.Tensor:
     """x [s, K] weight [R, K]^T in x's dtype."""
+    out = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
+    if out.numel():
+        grid, tensors, numbers, constants = in_lanes(x, weight, how)
+        launch(lane_sums, grid, (*tensors, out), numbers, **constants)
+    return out
+
+
+def in_lanes(
+    x: torch.Tensor, weight: torch.Tensor, how: FewRowsLaunch
+) -> tuple[tuple[int], tuple[torch.Tensor, torch.Tensor], tuple[int, int], dict[str, int]]:
+    """What kernels that call `row_products` are launched with: the grid; x and the weight; their rows and x_stride; and
+    constants."""
     (requests, columns), rows = x.shape, weight.shape[0]
-    out = torch.empty((requests, rows), dtype=x.dtype, device=x.device)
-    if not out.numel():
-        return out
     x, weight = last_axis_dense(x), weight.contiguous()
     unit = row_unit(x.stride(0))
-    launch(
-        lane_sums,
-        (-(-rows // how.rows),),
-        (x, weight, out),
-        (rows, x.stride(0) // unit),
-        UNIT=unit,
-        COLUMNS=columns,
-        REQUESTS=requests,
-        ROWS=how.rows,
-        BLOCK_K=how.block_k,
-        STAGES=how.stages,
-        num_warps=how.warps,
-    )
-    return out
+    constants = {"UNIT": unit, "COLUMNS": columns, "REQUESTS": requests, "ROWS": how.rows, "BLOCK_K": how.block_k}
+    constants |= {"STAGES": how.stages, "num_warps": how.warps}
+    return (-(-rows // how.rows),), (x, weight), (rows, x.stride(0) // unit), constants
 
 
 @triton.jit
@@ -55,8 +53,9 @@ def lane_sums(
 ):
     """ROWS rows of the weight, times REQUESTS rows of x. x_stride counts UNIT values."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    weight_at = weight_ptr + tl.minimum(row, rows - 1).to(tl.int64)[:, None] * COLUMNS
-    sums = row_products(x_ptr, x_stride * UNIT, weight_at, COLUMNS, REQUESTS, ROWS, BLOCK_K, STAGES, OVERLAPS)
+    sums = row_products(
+        x_ptr, x_stride * UNIT, weight_ptr, row, rows, COLUMNS, REQUESTS, ROWS, BLOCK_K, STAGES, OVERLAPS
+    )
     for request in tl.static_range(REQUESTS):
         tl.store(out_ptr + request * rows + row, sums[request].to(out_ptr.dtype.element_ty), mask=row < rows)
 
@@ -65,7 +64,9 @@ def lane_sums(
 def row_products(
     x_ptr,
     x_stride,
-    weight_at,
+    weight_ptr,
+    row,
+    rows,
     COLUMNS: tl.constexpr,
     REQUESTS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -73,7 +74,8 @@ def row_products(
     STAGES: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """For each of REQUESTS rows of x its products [ROWS], float32, with the rows that begin at weight_at [ROWS, 1]."""
+    """For each of REQUESTS rows of x its products [ROWS], float32, with the weight's rows `row` [ROWS], of `rows`."""
+    weight_at = weight_ptr + tl.minimum(row, rows - 1).to(tl.int64)[:, None] * COLUMNS
     steps: tl.constexpr = (COLUMNS + BLOCK_K - 1) // BLOCK_K
     tiles, sums = first_tiles(weight_at, COLUMNS, REQUESTS, ROWS, BLOCK_K, STAGES)
     await_inputs(OVERLAPS)
