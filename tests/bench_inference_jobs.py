@@ -9,6 +9,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 import bench_inference as bench
 import bench_models
+import bench_shapes
 import decode_bench
 import inference_report
 import measure
@@ -53,11 +54,11 @@ ZAMBA2 = {
 }
 
 
-def prefill_error(raw: dict, layers: int | None, batch: int, length: int) -> float:
+def prefill_error(raw: dict, layers: int | None, batch: int, length: int, passes: str) -> float:
     """How far the benchmark's second pass, in float32, is from each prompt's own forward pass, without a context."""
-    config, _ = bench_models.read_model(raw, layers)
+    config, _ = bench_shapes.read_model(raw, layers)
     ours = bench_models.Ours(config, tensor_parallel_groups(None), CPU, torch.float32, length)
-    passing = ours.prefill(batch, length)
+    passing = {"whole": ours.prefill, "engine": ours.engine_pass}[passes](batch, length)
     passing.run()
     passing.refresh()
     found, positions, errors = passing.run(), torch.arange(length)[None], []
@@ -71,7 +72,7 @@ def prefill_error(raw: dict, layers: int | None, batch: int, length: int) -> flo
 
 def benched(raw: dict, arguments: list[str]) -> tuple[list[inference_report.Cell], list[str]]:
     """The cells and the notes of a model's benchmark."""
-    with mock.patch.dict(bench_models.MODELS, {"tiny": raw}):
+    with mock.patch.dict(bench_shapes.MODELS, {"tiny": raw}):
         args = bench.read_args(["prefill", "--models", "tiny", *arguments])
         asked = bench.check(args, 2)
     setting = bench.Setting(args, asked, tensor_parallel_groups(None), CPU, {})
@@ -84,7 +85,7 @@ def benched(raw: dict, arguments: list[str]) -> tuple[list[inference_report.Cell
 def steps(raw: dict, arguments: list[str]) -> list[decode_bench.DecodeCell]:
     """What bench_inference.py decode measures."""
     cells: list[decode_bench.DecodeCell] = []
-    with mock.patch.dict(bench_models.MODELS, {"tiny": raw}):
+    with mock.patch.dict(bench_shapes.MODELS, {"tiny": raw}):
         args = bench.read_args(["decode", "--models", "tiny", *arguments])
         groups = tensor_parallel_groups(None)
         asked = bench.check(args, groups.tp.size())

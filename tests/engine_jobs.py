@@ -13,7 +13,7 @@ from megatron.core.inference.sampling_params import SamplingParams
 from megatron_ssm_tp import Bf16, Int8BlockScaling, RecipeBook, UserError, allreduce_autocast
 from megatron_ssm_tp.comm import backends, mappings
 from megatron_ssm_tp.inference.engine import SlotEngine
-from megatron_ssm_tp.inference.passes import PROMPTS, TOKENS, Passes
+from megatron_ssm_tp.inference.passes import Passes
 from megatron_ssm_tp.inference.prefix_cache import PrefixCache
 from megatron_ssm_tp.inference.requests import Limits, Progress, Request, read_params
 from megatron_ssm_tp.inference.running import Bursts
@@ -46,7 +46,7 @@ def answers_of_padded_passes(path: Path, prompts: list[list[int]], counts: list[
 
     def padded(parts, count):
         tokens = sum(len(tokens) for _, tokens in parts)
-        size = next(n for n in TOKENS if n >= tokens), next(n for n in PROMPTS if n >= len(parts))
+        size = engine.passes.sizes.holding(tokens, len(parts))
         sizes.add(size)
         found = engine.passes.padded(parts, count, *size)
         assert engine.passes._padded[size].context.mamba_metadata.cu_seqlens[-1] == size[0]  # no row is left unwritten

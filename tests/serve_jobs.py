@@ -21,7 +21,7 @@ def ran(command: str, arguments: list[str], report: Path) -> tuple[dict, str | N
     """The report of a subcommand on a tiny Falcon-Mamba, and what does not hold."""
     groups = tensor_parallel_groups(None)
     report = report if groups.tp.rank() == 0 else report.with_name("of another rank")  # all ranks speak in tests
-    with mock.patch.dict(jobs.bench_models.MODELS, {"tiny": jobs.FALCON}):
+    with mock.patch.dict(jobs.bench_shapes.MODELS, {"tiny": jobs.FALCON}):
         args = jobs.bench.read_args(
             [command, "--models", "tiny", "--dtype", "float32", "--json", str(report), *arguments]
         )

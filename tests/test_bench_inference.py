@@ -12,7 +12,7 @@ from types import ModuleType, SimpleNamespace
 import bench_inference_jobs as jobs
 import pytest
 import torch
-from bench_inference_jobs import bench, bench_models, decode_bench, inference_report
+from bench_inference_jobs import bench, bench_models, bench_shapes, decode_bench, inference_report
 from layer_parts import OUTSIDE, by_part
 
 from megatron_ssm_tp import UserError
@@ -21,11 +21,19 @@ TOOL = Path(__file__).parent.parent / "tools" / "bench_inference.py"
 
 
 @pytest.mark.parametrize(
-    ("raw", "layers"), [(jobs.FALCON, None), (jobs.FALCON, 1), (jobs.MAMBA2, None), (jobs.ZAMBA2, 2)]
+    ("raw", "layers", "passes"),
+    [
+        (jobs.FALCON, None, "whole"),
+        (jobs.FALCON, 1, "whole"),
+        (jobs.MAMBA2, None, "whole"),
+        (jobs.ZAMBA2, 2, "whole"),
+        (jobs.FALCON, None, "engine"),
+        (jobs.MAMBA2, None, "engine"),
+    ],
 )
-def test_a_pass_is_the_models(world, raw, layers):
+def test_a_pass_is_the_models(world, raw, layers, passes):
     """Logits of prompts packed together, at TP=2, are those of each prompt alone; also in a pass that is repeated."""
-    assert max(world(2).run(jobs.prefill_error, raw, layers, 3, 20)) < 1e-5
+    assert max(world(2).run(jobs.prefill_error, raw, layers, 3, 20, passes)) < 1e-5
 
 
 def test_cells_of_two_ranks(world):
@@ -50,6 +58,13 @@ def test_cells_of_two_ranks(world):
     )
     shares = inference_report.parts_table(cells, on_gpu=False)
     assert "of the host | 1x9  | 1x9 int8 | 2x4  | 2x4 int8 |" in shares and "| scan | " in shares
+
+
+def test_passes_of_our_engine_are_timed_beside_megatrons(world):
+    arguments = ["--shapes", "2x9", "--passes", "whole", "engine", "--recipes", "none", "int8", "--layers", "2"]
+    cells, _ = world(2).run(jobs.benched, jobs.FALCON, arguments)[0]
+    ways = ["megatron_ssm_tp" + more for more in ("", ", engine", ", int8", ", int8, engine")]
+    assert [cell.way for cell in cells] == ways and all(cell.ms > cell.layer_ms > 0 for cell in cells)
 
 
 @pytest.mark.parametrize("passes", ["halves", "x_proj"])
@@ -106,6 +121,8 @@ def test_the_whole_tool(tmp_path):
         (["--shapes", "²x8"], "--shapes='²x8': is no batch"),
         (["--seconds", "0"], "--seconds=0.0: is no time to measure in"),
         (["--passes", "x_proj", "--models", "mamba2-2.7b"], "--passes='x_proj': mamba2-2.7b has no x_proj"),
+        (["--passes", "engine", "--parts"], "--passes='engine': may be a CUDA graph, whose parts are not told apart"),
+        (["--passes", "engine", "--models", "zamba2-7b"], "--models='zamba2-7b': has other layers than SSMs"),
     ],
 )
 def test_mistakes_in_options(arguments, message):
@@ -159,7 +176,7 @@ def test_the_models_are_those_of_the_checkpoints():
     from megatron_ssm_tp.partition.layout import model_parameters
 
     for name, billions in (("mamba-2.8b", 2.77), ("falcon-mamba-7b", 7.27), ("mamba2-2.7b", 2.70), ("zamba2-7b", 7.36)):
-        config, layers = bench_models.read_model(bench_models.MODELS[name])
+        config, layers = bench_shapes.read_model(bench_shapes.MODELS[name])
         shapes = [torch.Size(p.shape) for p in model_parameters(config).values()]
         assert layers == len(config.layers) and sum(s.numel() for s in shapes) / 1e9 == pytest.approx(
             billions, abs=0.01
@@ -187,7 +204,7 @@ def test_the_rival_has_the_same_sizes(monkeypatch):
         monkeypatch.setitem(sys.modules, f"mamba_ssm.models.{name}", SimpleNamespace(**content))
     rivals = {}
     for name in ("mamba-2.8b", "falcon-mamba-7b", "mamba2-2.7b"):
-        config, _ = bench_models.read_model(bench_models.MODELS[name], 3)
+        config, _ = bench_shapes.read_model(bench_shapes.MODELS[name], 3)
         rivals[name] = bench_models.MambaSsm(config, jobs.CPU, torch.float32)
         assert bench_models.no_rival(config, 1) == ""
         assert rivals[name].prefill(2, 4).run().shape == (2, config.vocab_size)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from bench_models import MODELS, Ours, free_memory, read_model, recipes_of
+from bench_models import Ours, free_memory, recipes_of
+from bench_shapes import MODELS, read_model
 from megatron.core.process_groups_config import ProcessGroupCollection
 from options import check_ranks
 from report_files import check_reports

@@ -33,7 +33,7 @@ MODELS = {
     "mamba2": WIDE | {"num_heads": 8, "head_dim": 64, "n_groups": 2},
 }
 LIMITS = {"max_requests": 5, "max_tokens": 128, "max_sequence_length": 4096}
-LENGTHS, COUNTS = (1, 300, 40, 7, 150, 2, 64, 33, 9, 500), (40, 12, 1, 30, 25, 64, 8, 17, 50, 20)
+LENGTHS, COUNTS = (1, 300, 40, 7, 150, 2, 64, 33, 9, 1500), (40, 12, 1, 30, 25, 64, 8, 17, 50, 20)
 WAYS: dict[str, Bursts] = {
     "graphs": Bursts(),
     "graphs, bursts of 7, 3 ahead": Bursts(longest=7, while_reading=3, ahead=3),
@@ -134,6 +134,8 @@ def compare(name: str, model: TinyModel) -> bool:
         with loaded(model.path, "slots", bursts) as llm:
             row(way, lambda: all_at_once(llm))
             row(f"{way}, coming and going", lambda: coming_and_going(llm, 5))
+    with loaded(model.path, "slots", max_tokens=4096) as llm:
+        row("whole prompts in a pass", lambda: all_at_once(llm))
     with loaded(model.path, "slots", prefix_bytes=1 << 28) as llm:
         for way in ("prefixes are seen", "prefixes are kept", "prefixes are found"):
             row(way, lambda: all_at_once(llm))

@@ -1,12 +1,15 @@
-"""What bench_inference.py prefill measures: a forward pass over prompts packed end to end, as the engine makes it.
+"""What bench_inference.py prefill measures: a forward pass over prompts packed end to end.
 
-The state cache is the engine's; logits are of each prompt's last token alone. A pass begins on an idle GPU and is
-waited for; times are medians of 5 to 50 passes, of the slowest rank. With --layers the time of a pass is that of what
-is around the layers and, for each layer of the whole model, the mean time of those that ran.
+It is made as Megatron's engine makes it, with its state cache and every kernel launched, or as our own does (--passes
+engine). Logits are of each prompt's last token alone. A pass begins on an idle GPU and is waited for; times are medians
+of 5 to 50 passes, of the slowest rank. With --layers the time of a pass is that of what is around the layers and, for
+each layer of the whole model, the mean time of those that ran.
 """
 
 import argparse
 import sys
+from collections.abc import Callable
+from functools import partial
 from itertools import product
 from math import inf
 
@@ -24,20 +27,20 @@ from megatron_ssm_tp.errors import UserError
 from megatron_ssm_tp.layers.overlap import HALVES, X_PROJ, set_overlap
 from megatron_ssm_tp.layers.row_parallel import set_recipes
 
-WHOLE = "whole"
-PASSES = (WHOLE, HALVES, X_PROJ)
+WHOLE, ENGINE = "whole", "engine"
+PASSES = (WHOLE, HALVES, X_PROJ, ENGINE)
 _PROFILED = 2  # passes
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shapes", nargs="+", default=["1x8192", "8x2048"], metavar="PROMPTSxTOKENS")
-    passes = "whole, in two halves of the tokens of which one's sums travel while the other's products run, or with"
+    passes = "whole, in two halves of the tokens of which one's sums travel while the other's products run, with"
     parser.add_argument(
         "--passes",
         nargs="+",
         default=[WHOLE],
         metavar="PASSES",
-        help=f"{', '.join(PASSES)}: {passes} x_proj's sums travelling while z is computed",
+        help=f"{', '.join(PASSES)}: {passes} x_proj's sums travelling while z is computed, or as our engine makes it",
     )
     parser.add_argument("--plot", metavar="FILE", help="tokens a second, as a picture")
     parser.add_argument("--parts", action="store_true", help="a layer's time by part, from the profiler")
@@ -53,7 +56,10 @@ def check(args: argparse.Namespace, asked: Asked) -> None:
         if passes not in PASSES:
             raise UserError("--passes", passes, "is no way to make a pass", ", ".join(PASSES))
     check_seconds(args)
-    if HALVES in args.passes:
+    if ENGINE in args.passes and args.parts:
+        problem = "may be a CUDA graph, whose parts are not told apart"
+        raise UserError("--passes", ENGINE, problem, f"{', '.join(PASSES[:-1])}; or no --parts")
+    if {HALVES, ENGINE} & set(args.passes):
         check_pure_ssm(asked)
     for title, (config, _) in asked.models.items():
         if X_PROJ in args.passes and not isinstance(config.mixer, Mamba1Config):
@@ -102,17 +108,15 @@ class PrefillBench:
     def _shape(self, ours: Ours, shape: tuple[int, int]) -> list[Cell]:
         blank, found = Cell(self.name, OURS, *shape), []
         free_memory()
-        passing, note = tried(lambda: ours.prefill(*shape), self.device)
-        if passing is None:
-            return [blank._replace(note=note)]
         for recipe, passes in product(self.args.recipes, self.args.passes):
             set_recipes(ours.model, recipes_of(recipe))
-            overlap, tokens = (HALVES, None) if passes == WHOLE else (passes, 2)
+            overlap, tokens = (passes, 2) if passes in (HALVES, X_PROJ) else (HALVES, None)
             set_overlap(ours.model, overlap, tokens)
             chosen = [word for word in (recipe, passes) if word not in ("none", WHOLE)]
-            cell = self._timed(ours, passing, blank._replace(way=", ".join([blank.way, *chosen])))
+            make = partial(ours.engine_pass if passes == ENGINE else ours.prefill, *shape)
+            cell = self._timed(ours, make, blank._replace(way=", ".join([blank.way, *chosen])))
             if self.args.parts and cell.ms:
-                cell = cell._replace(parts=self._parts(ours, passing))
+                cell = cell._replace(parts=self._parts(ours, make()))
             found.append(cell)
         set_recipes(ours.model, None)
         set_overlap(ours.model, HALVES, None)
@@ -126,15 +130,16 @@ class PrefillBench:
         self.notes.append(f"{RIVAL} {version_of('mamba-ssm')}: " + "; ".join(differences(self.config)))
         found = []
         for shape in self.shapes:
-            found.append(self._timed(theirs, theirs.prefill(*shape), Cell(self.name, RIVAL, *shape)))
+            found.append(self._timed(theirs, partial(theirs.prefill, *shape), Cell(self.name, RIVAL, *shape)))
             free_memory()
         return found
 
-    def _timed(self, model: Ours | MambaSsm, passing: Pass, cell: Cell) -> Cell:
+    def _timed(self, model: Ours | MambaSsm, make: Callable[[], Pass], cell: Cell) -> Cell:
         """The cell with its times and memory; what fails is a note."""
         on_gpu = self.device.type == "cuda"
 
         def measured() -> tuple[float, float, float, float]:
+            passing = make()
             if not passing.run().isfinite().all():
                 raise ArithmeticError("logits are not finite")
             if on_gpu:

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from bench_models import MODELS, read_model
 from bench_options import add_common, check_counts, read_common
+from bench_shapes import MODELS
 from measure import NO_MULTICAST, conditions, in_words, markdown
-from prefill_bench import check_seconds
+from prefill_bench import ENGINE, check_seconds
 from report_files import write_json, write_plot
 
 from megatron_ssm_tp.cli.console import say
@@ -53,10 +53,14 @@ def check(args: argparse.Namespace) -> None:
         raise UserError("--ranks", args.ranks, "has nothing to compare with", "1 and others")
     for ranks in args.ranks:
         with renamed(lambda field: "--ranks" if field == "--nproc-per-node" else field):
-            read_common(argparse.Namespace(**vars(args) | ({"recipes": ["none"]} if ranks == 1 else {})), ranks)
+            read_common(_on_one_rank(args) if ranks == 1 else args, ranks)
     gpus = torch.cuda.device_count()
     if gpus and max(args.ranks) > gpus:
         raise UserError("--ranks", max(args.ranks), "are more than this machine's GPUs", f"1 to {gpus}")
+
+
+def _on_one_rank(args: argparse.Namespace) -> argparse.Namespace:
+    return argparse.Namespace(**vars(args) | {"recipes": ["none"]})
 
 
 @dataclass(frozen=True)
@@ -98,15 +102,19 @@ def _gpus() -> str:
 
 
 def _parts(args: argparse.Namespace, ranks: int) -> Iterator[tuple[str, list[str]]]:
-    """Subcommands of bench_inference.py, and their options."""
-    models = list(args.models)
-    pure = [name for name in models if name not in MODELS or read_model(MODELS[name])[0].is_pure_ssm]
+    """Subcommands of bench_inference.py, and their options. Our engine is asked for what it can run."""
+    configs = [config for config, _ in read_common(_on_one_rank(args), 1).models.values()]
+    pure = [name for name, config in zip(args.models, configs, strict=True) if config.is_pure_ssm]
+    hybrids = [name for name in args.models if name not in pure]
     common = ["--dtype", args.dtype, *(["--layers", str(args.layers)] if args.layers else [])]
     common += ["--recipes", *(args.recipes if ranks > 1 else ["none"])]
     shapes = [f"{prompts}x{length}" for prompts in args.prompts for length in args.lengths]
     seconds = ["--seconds", str(args.seconds)] if args.seconds else []
-    yield "prefill", ["--models", *models, "--shapes", *shapes, *seconds, *common]
+    prefill = ["--shapes", *shapes, *seconds, *common]
+    if hybrids:
+        yield "prefill", ["--models", *hybrids, *prefill]
     if pure:
+        yield "prefill", ["--models", *pure, "--passes", ENGINE, *prefill]
         yield "decode", ["--models", *pure, "--batches", *map(str, args.batches), *common]
         short = [f"{prompts}x{length}" for prompts in args.prompts for length in args.lengths if length <= 8192]
         if short:
@@ -130,8 +138,8 @@ def _ended(process: subprocess.Popen, what: str, notes: list[str]) -> bool:
 
 def _measured(args: argparse.Namespace, ranks: int, folder: Path, notes: list[str]) -> list[Found]:
     found = []
-    for command, options in _parts(args, ranks):
-        report = folder / f"{command}-{ranks}.json"
+    for part, (command, options) in enumerate(_parts(args, ranks)):
+        report = folder / f"{part}-{ranks}.json"
         say(f"{command} on {ranks} rank{'s' if ranks > 1 else ''}")
         _ended(_start(command, options, ranks, report), f"{command} on {ranks}", notes)
         if report.exists():
@@ -142,9 +150,9 @@ def _measured(args: argparse.Namespace, ranks: int, folder: Path, notes: list[st
 def _replicas(args: argparse.Namespace, ranks: int, folder: Path, notes: list[str]) -> list[Found]:
     """As many processes of one rank at once: the sum of what they do a second."""
     sums: dict[tuple, Found] = {}
-    for command, options in _parts(args, 1):
+    for part, (command, options) in enumerate(_parts(args, 1)):
         say(f"{command} on {ranks} replicas")
-        reports = [folder / f"{command}-{ranks}-{index}.json" for index in range(ranks)]
+        reports = [folder / f"{part}-{ranks}-{index}.json" for index in range(ranks)]
         on_gpus = torch.cuda.is_available()
         started = [_start(command, options, 1, report, i if on_gpus else None) for i, report in enumerate(reports)]
         ended = [_ended(process, f"{command} on {ranks} replicas", notes) for process in started]  # all of them
@@ -163,7 +171,8 @@ def _read(command: str, report: dict, ranks: int, notes: list[str]) -> Iterator[
     """The figures of this package in a subcommand's report."""
     for cell in report["cells"]:
         shape = (cell["batch"], cell.get("length", 1))
-        words = [word for word in cell.get("way", "megatron_ssm_tp").split(", ") if not word.endswith(" states")]
+        words = cell.get("way", "megatron_ssm_tp").split(", ")
+        words = [word for word in words if word != ENGINE and not word.endswith(" states")]
         if words[0] != "megatron_ssm_tp":
             continue
         way = cell.get("recipe") or (words[1] if len(words) > 1 else "none")

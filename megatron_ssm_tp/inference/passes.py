@@ -1,13 +1,13 @@
 """Forward passes over prompts, or parts of them, packed end to end.
 
-A short pass takes the host longer to launch than the GPU to run, so that on GPUs short ones are CUDA graphs, for a few
-numbers of tokens and of prompts to which they are padded: further prompts are of no tokens, with the row of states that
-no request has, and one more with that row has all tokens behind the last. So every row of a pass is written: blocks of
-quantized sums reach from one into the next.
+A short pass takes the host longer to launch than the GPU to run, so that on GPUs short ones are CUDA graphs, for some
+numbers of tokens and of prompts (pass_sizes.py) to which they are padded: further prompts are of no tokens, with the
+row of states that no request has, and one more with that row has all tokens behind the last. So every row of a pass is
+written: blocks of quantized sums reach from one into the next.
 """
 
 from collections.abc import Sequence
-from itertools import accumulate, product
+from itertools import accumulate
 
 import torch
 
@@ -15,11 +15,10 @@ from ..comm.autocast import allreduce_autocast
 from ..layers.model import SSMModel
 from ..layers.pass_context import Counts, PassContext, Slots
 from .graphs import Graphs
+from .pass_sizes import PassSizes
 from .slots import SlotTable
 from .small_sums import SmallSums
 from .transfers import to_device
-
-TOKENS, PROMPTS = (16, 32, 64, 128, 256, 512, 1024), (1, 4, 16)
 
 
 class Passes:
@@ -31,16 +30,16 @@ class Passes:
 
     def __init__(self, model: SSMModel, table: SlotTable, sums: SmallSums, graphs: Graphs | None) -> None:
         self.model, self.table, self._sums, self._graphs = model, table, sums, graphs
+        self.sizes = PassSizes.of(model.decoder.layers)
         self._padded: dict[tuple[int, int], _Padded] = {}
 
     def logits(self, parts: Sequence[tuple[int, Sequence[int]]], count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Read the tokens of each (slot, tokens): logits [count, vocab_size] behind the first `count` parts, which the
         next pass may overwrite, and all slots [parts]."""
         if self._graphs is not None:
-            rows = next((most for most in TOKENS if most >= sum(len(tokens) for _, tokens in parts)), None)
-            prompts = next((most for most in PROMPTS if most >= len(parts)), None)
-            if rows and prompts:
-                return self.padded(parts, count, rows, prompts)
+            size = self.sizes.holding(sum(len(tokens) for _, tokens in parts), len(parts))
+            if size is not None:
+                return self.padded(parts, count, *size)
         device, lengths = self.table.device, tuple(len(tokens) for _, tokens in parts)
         ends = list(accumulate(lengths))
         slots = to_device([slot for slot, _ in parts], device)
@@ -51,11 +50,11 @@ class Passes:
         return self.model.logits_of_pass(tokens, context, last), slots
 
     def warm_up(self, max_tokens: int) -> None:
-        """Make all graphs, and have kernels compiled for passes of `max_tokens`."""
+        """Make the graphs of passes up to `max_tokens`, and have kernels compiled for one of so many."""
         if self._graphs is None:
             return
-        for rows, prompts in product(TOKENS, PROMPTS):
-            self.padded([], 0, rows, prompts)
+        for size in self.sizes.up_to(max_tokens):
+            self.padded([], 0, *size)
         nobody = self.table.slots
         self.logits([(nobody, [0] * max_tokens)], 1)
         self.logits([(nobody, [0] * max_tokens), (nobody, [0])], 1)
@@ -94,7 +93,9 @@ class _Padded:
         self._all = torch.zeros(sum(sizes), dtype=torch.int64, device=table.device)
         self.tokens, self.slots, self.last, self._bounds = self._all.split(sizes)
         self._cu_seqlens = torch.zeros(prompts + 2, dtype=torch.int32, device=table.device)
-        self.context = PassContext(table, Counts(0, prompts + 1, rows), Slots(None, self.slots, self._cu_seqlens))
+        counts, slots = Counts(0, prompts + 1, rows), Slots(None, self.slots, self._cu_seqlens)
+        # A single prompt is taken to fill the pass; of several the longest is not known.
+        self.context = PassContext(table, counts, slots, at_most=rows if prompts == 1 else None)
 
     def blank(self) -> None:
         """No tokens, of nobody."""

@@ -36,20 +36,22 @@ class Slots:
 class PassContext:
     """A pass over slots of state; in the place of a Megatron context wherever there are SSM mixers alone.
 
-    `lengths`: tokens of each prompt of this pass, where the host knows them.
+    `lengths`: tokens of each prompt of this pass, where the host knows them. `at_most`: of the longest, where it is
+    all that the host knows.
     """
 
     cache: StateCache
     batch_dimensions: Counts
     mamba_metadata: Slots
     lengths: Sequence[int] | None = None
+    at_most: int | None = None
     mamba_slot_allocator = None
     num_speculative_tokens = 0
 
     @property
     def longest(self) -> int | None:
-        """Tokens of the longest prompt of this pass."""
-        return max(self.lengths) if self.lengths else None
+        """Tokens of the longest prompt of this pass, or more; None: not known."""
+        return max(self.lengths) if self.lengths else self.at_most
 
     def is_dynamic_batching(self) -> bool:
         return True
