@@ -44,13 +44,20 @@ def agree[T](step: Callable[[], T], group: dist.ProcessGroup) -> T:
 
 def check_same(field: str, value: str, group: dist.ProcessGroup) -> None:
     """Raises UserError unless every rank of `group` has the same `value`: files may differ from node to node."""
-    values = [value] * group.size()
-    if group.size() > 1:
-        with lost_peers_reported():
-            dist.all_gather_object(values, value, group=group)
-    if len(set(values)) > 1:
-        other = next(rank for rank, found in enumerate(values) if found != values[0])
-        raise UserError(field, f"that of rank {other}", "differs from rank 0's", "the same on all ranks")
+    check_all_same({field: value}, group)
+
+
+def check_all_same(values: dict[str, str], group: dist.ProcessGroup) -> None:
+    """`check_same` of several fields, in their order; every rank calls it with the same first field."""
+    if group.size() == 1:
+        return
+    found: list[dict[str, str]] = [{}] * group.size()
+    with lost_peers_reported():
+        dist.all_gather_object(found, values, group=group)
+    for field in found[0]:
+        for rank, other in enumerate(found):
+            if other.get(field) != found[0][field]:
+                raise UserError(field, f"that of rank {rank}", "differs from rank 0's", "the same on all ranks")
 
 
 @contextlib.contextmanager

@@ -32,6 +32,18 @@ def error_with(path: Path, more: dict, engine: str) -> str:
     raise AssertionError("no error")
 
 
+def error_of_different_calls(path: Path, calls: list[tuple[str, tuple, dict]]) -> tuple[str, list[int]]:
+    """The message that each rank gets that makes the call of its number; and an answer to what all ask then."""
+    llm = jobs.llm(path)
+    name, arguments, more = calls[jobs.groups().tp.rank()]
+    greedy = SamplingParams(temperature=0, num_tokens_to_generate=4)
+    try:
+        getattr(llm, name)(*[SamplingParams(**one) if isinstance(one, dict) else one for one in arguments], **more)
+    except UserError as error:
+        return str(error), llm.generate([[1, 2, 3]], greedy)[0].token_ids
+    raise AssertionError("no error")
+
+
 def logits_error_of(path: Path, token_ids: list[int]) -> str:
     try:
         jobs.llm(path).logits(token_ids)

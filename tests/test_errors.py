@@ -166,6 +166,33 @@ def test_logits_are_checked_too(world, tiny):
     assert world(2).run(error_jobs.logits_error_of, path, [300]) == [expected] * 2
 
 
+TWO = {"num_tokens_to_generate": 2}
+CALL = ("generate", ([PROMPT], TWO), {})
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (("generate", ([[1, 2]], TWO), {}), "prompts='that of rank 1': differs from rank 0's; legal: the same on all"),
+        (("generate", ([PROMPT], TWO | {"top_k": 3}), {}), "sampling_params='that of rank 1': differs"),
+        (("generate", ([PROMPT], TWO), {"seed": 3}), "seed='that of rank 1': differs"),
+        (("generate", ([PROMPT], TWO), {"return_states": True}), "return_states='that of rank 1': differs"),
+        (("logits", (PROMPT,), {}), "call='that of rank 1': differs from rank 0's"),
+        (("generate", ([[300]], TWO), {}), "prompts[0]=300: is out of the vocabulary"),
+    ],
+)
+def test_calls_that_differ_from_rank_to_rank(world, tiny, other, message):
+    """All ranks hear of it, and the next call is answered."""
+    model = tiny("mamba")
+    found = world(2).run(error_jobs.error_of_different_calls, model.path, [CALL, other], timeout=30)
+    assert found == [(found[0][0], model.greedy([1, 2, 3], 4))] * 2 and message in found[0][0]
+
+
+def test_sampling_parameters_that_nobody_knows(world, tiny):
+    [message] = world(1).run(error_jobs.error_with, tiny("mamba").path, {"min_length": 3}, "auto")
+    assert message.startswith("sampling_params='min_length': is no parameter that is known; legal: temperature, top_k,")
+
+
 @pytest.mark.parametrize("missing_on", [0, 1])
 def test_a_file_that_one_rank_cannot_see_ends_all(world, tiny, missing_on):
     answers = world(2).run(error_jobs.error_seen_by_one_rank, tiny("mamba").path, missing_on, timeout=30)

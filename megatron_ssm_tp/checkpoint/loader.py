@@ -1,10 +1,11 @@
 """From lazy tensors on disk to one rank's parameters: all checked before the first is read, then one at a time."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from ..config import DTYPES, ModelConfig
 from ..errors import UserError
@@ -128,9 +129,9 @@ def load_parameters(
     model: ModelCheckpoint,
     rank: int,
     tp: int,
-    progress: Callable[[str], None] = lambda name: None,
+    bar: bool = False,
 ) -> None:
-    """Fill all parameters of one rank, by our names; `progress` is called with each name when it is done.
+    """Fill all parameters of one rank, by our names; with a bar on stderr, if asked for.
 
     Holds no more than one tensor's local part beside the parameters themselves.
 
@@ -139,6 +140,5 @@ def load_parameters(
     """
     if parameters.keys() != model.sources.keys():
         raise ValueError(f"parameters differ: {sorted(parameters.keys() ^ model.sources.keys())[:5]}")
-    for name, source in model.sources.items():
+    for name, source in tqdm(model.sources.items(), desc="loading", disable=None if bar else True):
         read_into(parameters[name].data, model.checkpoint, source, rank, tp)
-        progress(name)

@@ -1,15 +1,13 @@
 """The Python API: a checkpoint directory becomes a model that writes, in one process or on all ranks of torchrun."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from megatron.core.inference.sampling_params import SamplingParams
-from tqdm import tqdm
 
 from ..checkpoint.loader import ModelCheckpoint, load_parameters, open_model
 from ..comm.recipe_book import RecipeBook, as_book
@@ -23,7 +21,7 @@ from ..layers.overlap import HALVES, check_overlap, set_overlap
 from ..layers.row_parallel import set_recipes
 from ..ops.choose import implementation
 from ..partition.layout import check_tp_size
-from ..ranks import agree, check_same, lost_peers_reported
+from ..ranks import agree, check_all_same, check_same, lost_peers_reported
 from .answers import Answer, TextPiece
 from .conversation import ConversationState, load_state, save_state
 from .distributed import join
@@ -32,7 +30,7 @@ from .engines import build_engine, pick_engine
 from .megatron_engine import MegatronEngine
 from .peers import PeerWatch
 from .prefix_cache import PrefixCounts
-from .prompts import Params, Reader, States
+from .prompts import Params, Reader, States, in_few_letters, told
 from .requests import GenerationOutput, Limits, Prompt, Request, check_seed, check_token_ids
 from .running import Bursts
 from .state import CacheLimits
@@ -54,13 +52,6 @@ def _check_arguments(limits: object, bursts: object) -> None:
         raise UserError("limits", limits, "is not one", "CacheLimits(max_requests=..., ...)")
     if bursts is not None and not isinstance(bursts, Bursts):
         raise UserError("bursts", bursts, "is not one", "Bursts(longest=..., ...), or None")
-
-
-def _load(model: SSMModel, checkpoint: ModelCheckpoint, group: dist.ProcessGroup) -> None:
-    """Fill the parameters, rank 0 with a bar."""
-    parameters = dict(model.named_parameters())
-    with tqdm(total=len(parameters), desc="loading", disable=None if group.rank() == 0 else True) as bar:
-        load_parameters(parameters, checkpoint, group.rank(), group.size(), lambda name: bar.update())
 
 
 class LLM:
@@ -160,7 +151,8 @@ class LLM:
             model = build_model(checkpoint.config, groups, params_dtype, device, length, seed, exact_norm, ops)
             set_overlap(model, tp_overlap, tp_overlap_from)
             set_recipes(model, recipes)  # before the weights: a book for another model is refused at once
-            _load(model, checkpoint, groups.tp)
+            rank, ranks = groups.tp.rank(), groups.tp.size()
+            load_parameters(dict(model.named_parameters()), checkpoint, rank, ranks, bar=rank == 0)
             return cls(model.eval(), checkpoint, words, limits, engine, bursts, seed)
 
     def generate(
@@ -203,8 +195,13 @@ class LLM:
     ) -> Iterator[TextPiece]:
         """As `generate`, yielding each prompt's new tokens after every step; consume it on all ranks."""
         self._open_engine()
-        requests = self._reader.read(prompts, sampling_params, states, return_states)
-        return self._run(prompts, requests, None if seed is None else check_seed(seed))
+
+        def read() -> tuple[list[Request], int | None]:
+            requests = self._reader.read(prompts, sampling_params, states, return_states)
+            return requests, None if seed is None else check_seed(seed)
+
+        requests, seed = self._agreed("stream", read, lambda read: {**told(read[0]), "seed": str(read[1])})
+        return self._run(prompts, requests, seed)
 
     def warm_up(self) -> None:
         """What a server calls before its first request: our engine compiles its kernels and makes its CUDA graphs."""
@@ -220,7 +217,8 @@ class LLM:
             UserError: see `generate`; or nothing is kept (`CacheLimits.prefix_bytes` is 0, or Megatron's engine runs).
         """
         self.prefix_counts()
-        [request] = self._reader.read([prompt], SamplingParams(temperature=0, num_tokens_to_generate=1))
+        params = SamplingParams(temperature=0, num_tokens_to_generate=1)
+        [request] = self._agreed("cache_prefix", lambda: self._reader.read([prompt], params), told)
         with lost_peers_reported():
             for _ in self._open_engine().run([replace(request, keep_state=True)], self._step):
                 pass
@@ -241,6 +239,14 @@ class LLM:
         """What `save_state` wrote with as many ranks. Raises UserError: see `conversation.load_state`."""
         device = self.model.embedding.word_embeddings.weight.device
         return load_state(directory, device, self.model.pg_collection.tp)
+
+    def _agreed[T](self, call: str, read: Callable[[], T], told: Callable[[T], dict[str, str]]) -> T:
+        """What `read` makes of a call's arguments: refused on all ranks if on any, or if they are told differently."""
+        group = self.model.pg_collection.tp
+        with self._step():
+            found = agree(read, group)
+            check_all_same({"call": call, **told(found)}, group)
+        return found
 
     def _run(self, prompts: Sequence[Prompt], requests: list[Request], seed: int | None) -> Iterator[TextPiece]:
         started = time.monotonic()
@@ -280,7 +286,11 @@ class LLM:
         Raises:
             UserError: no tokens, or one out of the vocabulary, or a stream that is still open.
         """
-        ids = check_token_ids("token_ids", token_ids, self.limits)
+        ids = self._agreed(
+            "logits",
+            lambda: check_token_ids("token_ids", token_ids, self.limits),
+            lambda ids: {"token_ids": in_few_letters(ids)},
+        )
         device = self.model.embedding.word_embeddings.weight.device
         tokens = torch.tensor([ids], device=device)
         positions = torch.arange(len(ids), device=device)[None]

@@ -1,6 +1,7 @@
 """A call's prompts, parameters and states, read into the requests that engines answer."""
 
 from collections.abc import Sequence
+from hashlib import sha256
 
 from megatron.core.inference.sampling_params import SamplingParams
 
@@ -13,6 +14,22 @@ from .tokenizer import NoTokenizer, TextTokenizer
 
 Params = SamplingParams | Sequence[SamplingParams] | None
 States = Sequence[ConversationState | None] | None
+
+
+def told(requests: Sequence[Request]) -> dict[str, str]:
+    """What a call asks for, by argument, in a few letters that ranks can compare."""
+    arguments = {
+        "prompts": [request.prompt for request in requests],
+        "sampling_params": [(vars(r.params), sorted(r.stop.end_ids), r.stop.words) for r in requests],
+        "states": [request.state and request.state.token_ids for request in requests],
+        "return_states": [request.return_state for request in requests],
+    }
+    return {argument: in_few_letters(value) for argument, value in arguments.items()}
+
+
+def in_few_letters(value: object) -> str:
+    """A digest of its repr."""
+    return sha256(repr(value).encode()).hexdigest()
 
 
 class Reader:

@@ -3,7 +3,7 @@
 import copy
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from numbers import Real
 
 from megatron.core.inference.sampling_params import SamplingParams
@@ -14,6 +14,8 @@ from .stopping import StopCondition
 from .tokenizer import NoTokenizer, TextTokenizer
 
 Prompt = str | Sequence[int]
+# What Megatron's class has, and what it is given by add_attributes.
+_PARAMETERS = (*(field.name for field in fields(SamplingParams)), "min_p", "repetition_penalty", "seed")
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,9 @@ def read_params(params: SamplingParams, prompt_length: int, limits: Limits, own_
         UserError: a field out of its range, or fields that exclude each other.
     """
     params = copy.deepcopy(params)
+    for name in vars(params):
+        if name not in _PARAMETERS:
+            raise UserError("sampling_params", name, "is no parameter that is known", ", ".join(_PARAMETERS))
     temperature = _number("temperature", params.temperature, 0, float("inf"), "0 (greedy) or a positive number")
     top_k = _integer("top_k", params.top_k, 0, limits.vocab_size - 1, f"0 (off) to {limits.vocab_size - 1}")
     top_p = _number("top_p", params.top_p, 0, 1, "0 (off) to 1")

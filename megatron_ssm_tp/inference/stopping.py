@@ -20,17 +20,17 @@ class StopCondition:
         keep_stop_word: bool,
         tokenizer: TextTokenizer | NoTokenizer,
     ) -> None:
-        self.end_ids, self._words, self._keep = end_ids, tuple(stop_words), keep_stop_word
+        self.end_ids, self.words, self._keep = end_ids, tuple(stop_words), keep_stop_word
         self._stream, self._seen, self._text = tokenizer.stream(), 0, ""
 
     @property
     def by_text(self) -> bool:
         """Whether a text may end the answer, too."""
-        return bool(self._words)
+        return bool(self.words)
 
     def ends(self, token_ids: Sequence[int]) -> bool:
         """Whether the answer, now these tokens, is over. Call it with every longer list."""
-        if self._words:
+        if self.words:
             self._text += "".join(self._stream.push(int(token)) for token in token_ids[self._seen :])
             self._seen = len(token_ids)
         return (bool(token_ids) and token_ids[-1] in self.end_ids) or self._cut(self._text) is not None
@@ -43,14 +43,14 @@ class StopCondition:
     def sure(self, text: str) -> str:
         """The part of a growing text that no stop word can take back."""
         text = self.visible(text)
-        longest = max((len(word) for word in self._words), default=1)
+        longest = max((len(word) for word in self.words), default=1)
         for width in range(min(longest - 1, len(text)), 0, -1):
-            if any(word.startswith(text[-width:]) for word in self._words):
+            if any(word.startswith(text[-width:]) for word in self.words):
                 return text[:-width]
         return text
 
     def _cut(self, text: str) -> int | None:
-        found = [(at, word) for word in self._words if (at := text.find(word)) >= 0]
+        found = [(at, word) for word in self.words if (at := text.find(word)) >= 0]
         if not found:
             return None
         at, word = min(found)
