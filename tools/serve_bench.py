@@ -194,9 +194,10 @@ def _soak(
     clock: Clock,
     rows: list[dict],
 ) -> list[str]:
-    """Three equal parts of a load of all kinds; what does not hold, the same on all ranks."""
+    """Three equal parts of a load of all kinds; what does not hold, the same on all ranks. Memory that grows is watched
+    to the end: whether it goes on growing tells what it is."""
     total, memory, broken = Served(), [], set()
-    while len(memory) < 3 and not broken:
+    while len(memory) < 3 and broken <= {"GPU memory", "host memory"}:
         arrivals = _load(args, args.rates[0], vocab_size, len(memory)).arrivals(args.soak / 3)
         served = _serving(engine, args, vocab_size, clock, arrivals).run(args.stall_seconds)
         total = total + served
@@ -205,7 +206,7 @@ def _soak(
         everyone: list[set] = [set()] * group.size()
         own = set(_broken(engine, args, served, memory))
         dist.all_gather_object(everyone, own, group=group)
-        broken = set().union(*everyone)
+        broken = broken.union(*everyone)
     row = {
         "seconds": total.seconds,
         "accepted": total.accepted,
@@ -214,8 +215,8 @@ def _soak(
         "refused": dict(total.refused),
         "tokens": sum(answer.tokens for answer in total.answers),
         "longest without progress, s": round(total.longest_wait, 2),
-        "GPU memory after a third and in the end, MiB": [memory[0][0] >> 20, memory[-1][0] >> 20],
-        "host memory, MiB": [memory[0][1] >> 20, memory[-1][1] >> 20],
+        "GPU memory after each third, MiB": [on_gpu >> 20 for on_gpu, _ in memory],
+        "host memory, MiB": [on_host >> 20 for _, on_host in memory],
     }
     rows.append({"model": name, **row, "broken": sorted(broken)})
     say(f"\n{markdown([name, 'soak'], [[key, str(value)] for key, value in row.items()])}\n")

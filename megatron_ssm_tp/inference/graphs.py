@@ -42,5 +42,6 @@ class Graphs:
             # thread_local: NCCL's own threads may call CUDA meanwhile
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 result = run()
+            graph.replay()  # what its first launch takes of the host's memory is taken now, and not under load
             self._made[key] = Graph(graph.replay, result)
         return self._made[key]
