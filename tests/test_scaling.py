@@ -78,6 +78,18 @@ def test_ranks_recipes_and_replicas_are_put_together(tmp_path, monkeypatch, caps
     assert (tmp_path / "x.png").stat().st_size > 1000
 
 
+def test_parts_alone():
+    read = jobs.bench.read_args
+    assert [command for command, _ in scaling_bench._parts(read(["scaling", "--what", "prefill"]), 2)] == [
+        "prefill"
+    ] * 2
+    hybrid = ["scaling", "--models", "zamba2-7b", "mamba-2.8b"]
+    (_, whole), (_, pure), (_, decode), (_, requests) = scaling_bench._parts(read(hybrid), 2)
+    assert whole[:2] == ["--models", "zamba2-7b"] and "--passes" not in whole
+    assert pure[:4] == ["--models", "mamba-2.8b", "--passes", "engine"]
+    assert decode[:2] == requests[:2] == ["--models", "mamba-2.8b"]
+
+
 def test_ratios_and_longest_prompts():
     found = [Found("m", "prefill", (1, n), 1, "none", 1000.0, peak) for n, peak in ((1000, 11.0), (2000, 12.0))]
     found += [Found("m", "prefill", (1, 2000), 2, "int8", 1700.0, 7.0), Found("m", "decode", (1, 1), 2, "none", 9.0)]
@@ -93,6 +105,8 @@ def test_ratios_and_longest_prompts():
         (["--ranks", "2", "4"], "--ranks=[2, 4]: has nothing to compare with; legal: 1 and others"),
         (["--ranks", "0", "1"], "--ranks=0: is no number of ranks; legal: an integer from 1"),
         (["--ranks", "1", "3"], "--ranks=3"),
+        (["--what", "prefil"], "--what='prefil': is nothing that is measured here; legal: prefill, decode, requests"),
+        (["--what", "decode", "--models", "zamba2-7b"], "--what=['decode']: is of models of SSM layers alone"),
         (["--lengths", "0"], "--lengths=0: is no number of tokens; legal: an integer from 1"),
     ],
 )

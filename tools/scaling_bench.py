@@ -29,10 +29,12 @@ from megatron_ssm_tp.errors import UserError, renamed
 TOOL = Path(__file__).parent / "bench_inference.py"
 BUDGET = 40e9  # bytes of a GPU, for the longest prompt
 REPLICAS = "replicas"
+WHAT = ("prefill", "decode", "requests")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 4], metavar="N", help="TP sizes (1 2 4)")
+    parser.add_argument("--what", nargs="+", default=list(WHAT), metavar="WHAT", help=f"of {', '.join(WHAT)} (all)")
     parser.add_argument("--lengths", nargs="+", type=int, default=[2048, 8192, 32768, 65536], metavar="TOKENS")
     parser.add_argument("--prompts", nargs="+", type=int, default=[1, 8], metavar="N", help="at once (1 8)")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 64], metavar="N", help="of decoding (1 8 64)")
@@ -48,12 +50,17 @@ def check(args: argparse.Namespace) -> None:
     for option, what in (("lengths", "tokens"), ("prompts", "prompts"), ("batches", "requests"), ("ranks", "ranks")):
         check_counts(f"--{option}", getattr(args, option), what)
     check_counts("--new-tokens", [args.new_tokens], "tokens")
+    for what in args.what:
+        if what not in WHAT:
+            raise UserError("--what", what, "is nothing that is measured here", ", ".join(WHAT))
     check_seconds(args)
     if 1 not in args.ranks:
         raise UserError("--ranks", args.ranks, "has nothing to compare with", "1 and others")
     for ranks in args.ranks:
         with renamed(lambda field: "--ranks" if field == "--nproc-per-node" else field):
             read_common(_on_one_rank(args) if ranks == 1 else args, ranks)
+    if not _parts(args, 1):
+        raise UserError("--what", args.what, "is of models of SSM layers alone", f"{WHAT[0]}, or such --models")
     gpus = torch.cuda.device_count()
     if gpus and max(args.ranks) > gpus:
         raise UserError("--ranks", max(args.ranks), "are more than this machine's GPUs", f"1 to {gpus}")
@@ -101,8 +108,13 @@ def _gpus() -> str:
 # --- Measuring ------------------------------------------------------------------------------------------------------
 
 
-def _parts(args: argparse.Namespace, ranks: int) -> Iterator[tuple[str, list[str]]]:
-    """Subcommands of bench_inference.py, and their options. Our engine is asked for what it can run."""
+def _parts(args: argparse.Namespace, ranks: int) -> list[tuple[str, list[str]]]:
+    """Subcommands of bench_inference.py that are asked for, and their options."""
+    return [(command, options) for command, options in _all_parts(args, ranks) if command in args.what]
+
+
+def _all_parts(args: argparse.Namespace, ranks: int) -> Iterator[tuple[str, list[str]]]:
+    """Our engine is asked for what it can run."""
     configs = [config for config, _ in read_common(_on_one_rank(args), 1).models.values()]
     pure = [name for name, config in zip(args.models, configs, strict=True) if config.is_pure_ssm]
     hybrids = [name for name in args.models if name not in pure]
