@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from math import inf
 from statistics import quantiles
 from time import perf_counter
+from typing import NamedTuple
 
 import psutil
 import torch
@@ -179,10 +180,18 @@ def _plot(rows: list[dict], path: str, title: str) -> None:
 # --- Soak -----------------------------------------------------------------------------------------------------------
 
 
-def _memory() -> tuple[int, int]:
-    """Bytes of tensors on the GPU, and of this process on the host."""
-    on_gpu = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
-    return on_gpu, psutil.Process().memory_info().rss
+class _Memory(NamedTuple):
+    """Bytes of tensors on the GPU, of this process on the host, and what of these are pages of files that it maps."""
+
+    gpu: int
+    host: int
+    files: int
+
+    @classmethod
+    def now(cls) -> "_Memory":
+        found = psutil.Process().memory_info()
+        on_gpu = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+        return cls(on_gpu, found.rss, getattr(found, "shared", 0))
 
 
 def _soak(
@@ -202,7 +211,7 @@ def _soak(
         served = _serving(engine, args, vocab_size, clock, arrivals).run(args.stall_seconds)
         total = total + served
         free_memory()
-        memory.append(_memory())
+        memory.append(_Memory.now())
         everyone: list[set] = [set()] * group.size()
         own = set(_broken(engine, args, served, memory))
         dist.all_gather_object(everyone, own, group=group)
@@ -215,17 +224,16 @@ def _soak(
         "refused": dict(total.refused),
         "tokens": sum(answer.tokens for answer in total.answers),
         "longest without progress, s": round(total.longest_wait, 2),
-        "GPU memory after each third, MiB": [on_gpu >> 20 for on_gpu, _ in memory],
-        "host memory, MiB": [on_host >> 20 for _, on_host in memory],
+        "GPU memory after each third, MiB": [one.gpu >> 20 for one in memory],
+        "host memory, MiB": [one.host >> 20 for one in memory],
+        "of it pages of files, MiB": [one.files >> 20 for one in memory],
     }
     rows.append({"model": name, **row, "broken": sorted(broken)})
     say(f"\n{markdown([name, 'soak'], [[key, str(value)] for key, value in row.items()])}\n")
     return sorted(broken)
 
 
-def _broken(
-    engine: SlotEngine, args: argparse.Namespace, served: Served, memory: list[tuple[int, int]]
-) -> Iterator[str]:
+def _broken(engine: SlotEngine, args: argparse.Namespace, served: Served, memory: list[_Memory]) -> Iterator[str]:
     """What does not hold on this rank, after a part of a soak."""
     if served.accepted != len(served.answers) + served.cancelled.total() or engine.has_unfinished:
         yield "unanswered"
@@ -233,9 +241,9 @@ def _broken(
         yield "stalled"
     if sorted(engine.free_slots) != list(range(args.max_requests)) or bool(engine.table.alive.any()):
         yield "slots"
-    if memory[-1][0] - memory[0][0] > GPU_GROWTH:
+    if memory[-1].gpu - memory[0].gpu > GPU_GROWTH:
         yield "GPU memory"
-    if memory[-1][1] - memory[0][1] > HOST_GROWTH:
+    if memory[-1].host - memory[0].host > HOST_GROWTH:
         yield "host memory"
     if served.misjudged:
         yield "refusals"
