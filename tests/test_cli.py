@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from megatron_ssm_tp import UserError
 from megatron_ssm_tp.cli import console, generate
 
 CHECKPOINTS = Path(__file__).parent.parent / "examples" / "checkpoints"
@@ -332,6 +333,16 @@ def test_generate_with_quantized_reductions(tmp_path):
     assert tokens[2] == tokens[0] and len(tokens[1]) == 12
     off = {"recipe": None, "cfg": None, "min_bytes": None, "sites": {"none": 12}}
     assert in_force == [off, off | {"recipe": "int8", "sites": {"none": 6, "int8": 6}}, off | {"cfg": str(file)}]
+
+
+@pytest.mark.parametrize("more", [["--top-k", "3"], ["--top-p", "0.5"], ["--min-p", "0.1"]])
+def test_greedy_answers_are_not_chosen_among_others(more):
+    parser = argparse.ArgumentParser()
+    generate.add_parser(parser.add_subparsers())
+    args = ["generate", "--load", ".", "--prompt", "David", *more]
+    assert generate._read_inputs(parser.parse_args(args)) == ["David"]
+    with pytest.raises(UserError, match=r"temperature=0.0: is greedy, which leaves --top-k, --top-p and --min-p"):
+        generate._read_inputs(parser.parse_args([*args, "--temperature", "0"]))
 
 
 NO_MATCHER = "matchers: {m: {type: glob, pattern: '*', config: int8}}"

@@ -134,7 +134,14 @@ def _read_inputs(args: argparse.Namespace) -> list[str]:
         prompts += found
     if not prompts:
         raise UserError("--prompt", None, "is missing", "--prompt TEXT or --prompt-file FILE")
+    if args.temperature == 0 and _is_sampled(args):
+        problem = "is greedy, which leaves --top-k, --top-p and --min-p nothing to choose from"
+        raise UserError("temperature", args.temperature, problem, "a number above 0, or none of these")
     return prompts
+
+
+def _is_sampled(args: argparse.Namespace) -> bool:
+    return bool(args.top_k or args.top_p or args.min_p)
 
 
 def _read_recipes(args: argparse.Namespace) -> "RecipeBook | None":
@@ -163,8 +170,7 @@ def run(args: argparse.Namespace) -> None:
     quieted()
     _, groups = join(args.tensor_model_parallel_size)
     prompts = agree(lambda: _read_inputs(args), groups.tp)
-    sampled = bool(args.top_k or args.top_p or args.min_p)
-    temperature = args.temperature if args.temperature is not None else float(sampled)
+    temperature = args.temperature if args.temperature is not None else float(_is_sampled(args))
     params = SamplingParams(
         temperature=temperature,
         top_k=args.top_k,
