@@ -172,7 +172,7 @@ def compiled_for(arch: int, kernel: str, dtype: str, channels: int, d_state: int
     product, precision = ssd._PRODUCTS[torch_dtype]
     channels = min(channels, how["channels"])
     constants = {"P": channels, "N": d_state, "BLOCK": how["block"], "HEADS": 16, "MASKED": False, "channel_blocks": 1}
-    constants |= {"PRODUCT": product, "PRECISION": precision, "ONE_EACH": True, "OVERLAPS": True}
+    constants |= {"PRODUCT": product, "PRECISION": precision, "ONE_EACH": True, "AT_REST": True, "OVERLAPS": True}
     of_states = {"chunk_states": "states_", "scan_chunks": ""}.get(kernel)
     options = {"num_warps": 4}
     if of_states is not None:

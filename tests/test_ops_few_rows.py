@@ -46,10 +46,12 @@ def test_tiles_are_torchs(interpreted, requests, rows, columns, dtype, gap, laun
 @pytest.mark.parametrize(
     ("shape", "launch"),
     [
-        ((16384, 4096, 8), TilesLaunch(1)),
+        ((16384, 4096, 8), TilesLaunch(1, stages=5, rows=128)),
+        ((16384, 4096, 17), TilesLaunch(1)),
+        ((8192, 4096, 8), TilesLaunch(1, stages=5)),
         ((16384, 4096, 64), TilesLaunch(1, stages=3)),
         ((8192, 256, 64), TilesLaunch(1)),
-        ((4096, 8192, 8), TilesLaunch(2)),
+        ((4096, 8192, 8), TilesLaunch(2, stages=5)),
         ((4096, 8192, 64), TilesLaunch(2)),
         ((288, 8192, 64), TilesLaunch(16)),
         ((2560, 5120, 9), TilesLaunch(4)),
@@ -104,11 +106,19 @@ def test_tiles_compile_for_hopper(rows, columns, requests):
     how = pick_tiles(rows, columns, requests)
     types = {"x_ptr": "*bf16", "weight_ptr": "*bf16", "out_ptr": "*fp32"}
     types |= dict.fromkeys(("requests", "rows", "x_stride"), "i32")
-    constants = {"UNIT": 8, "COLUMNS": columns, "PART": columns // how.parts, "REQUESTS": max(16, requests)}
+    constants = {
+        "UNIT": 8,
+        "COLUMNS": columns,
+        "PART": columns // how.parts,
+        "AHEAD": 256,
+        "REQUESTS": max(16, requests),
+    }
     constants |= {"ROWS": how.rows, "BLOCK_K": how.block_k, "STAGES": how.stages, "OVERLAPS": True}
     made = compile_for_hopper(tile_sums, types, constants, how.warps)
     assert made.metadata.shared <= 227 * 1024 and ".local" not in made.asm["ptx"]
-    assert "cp.async" in made.asm["ptx"] and "griddepcontrol.wait" in made.asm["ptx"]
+    assert "cp.async.cg" in made.asm["ptx"]
+    asked, waited = (made.asm["ptx"].index(word) for word in ("bulk.prefetch.L2", "griddepcontrol.wait"))
+    assert asked < waited
 
 
 def test_the_step_compiles_for_hopper():
@@ -118,5 +128,6 @@ def test_the_step_compiles_for_hopper():
     types = {f"{name}_ptr": "*bf16" for name in tensors}
     types |= {f"{name}_ptr": "*fp32" for name in ("A", "D", "states")} | {"slots_ptr": "*i64", "eps": "fp32"}
     types |= dict.fromkeys(("channels", "x_stride", "z_stride", "bcdt_stride", "state_stride"), "i32")
-    constants = {"RANK": 256, "D_STATE": 16, "R": 256, "N": 16, "CHANNELS": 32, "NORMED": True, "OVERLAPS": True}
+    constants = {"RANK": 256, "D_STATE": 16, "R": 256, "N": 16, "CHANNELS": 32, "NORMED": True}
+    constants |= {"AT_REST": True, "OVERLAPS": True}
     assert ".local" not in compile_for_hopper(kernel, types, constants, 4).asm["ptx"]

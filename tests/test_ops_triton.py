@@ -129,13 +129,18 @@ def test_the_scan_compiles_for_gpus_that_are_not_here(states_only, one_each):
     assert ".target sm_90" in ptx and "cp.async" in ptx
 
 
-def test_a_step_compiles_for_gpus_that_are_not_here():
+@pytest.mark.parametrize("at_rest", [True, False], ids=["at rest", "just written"])
+@pytest.mark.parametrize("op", ["scan", "convolution"])
+def test_a_step_reads_states_before_it_waits_only_if_they_are_at_rest(op, at_rest):
+    from megatron_ssm_tp.ops.conv1d_triton import conv1d_step
     from megatron_ssm_tp.ops.state_step_triton import state_step
 
-    narrow = ("x_ptr", "dt_ptr", "z_ptr", "out_ptr", "B_ptr", "C_ptr", "D_ptr", "dt_bias_ptr")
-    constants = {"N": 16, "CHANNELS": 128, "OVERLAPS": True}
-    ptx = compile_for_hopper(state_step, _types(state_step, narrow, constants), constants, 4).asm["ptx"]
-    assert ".target sm_90" in ptx
+    kernel = state_step if op == "scan" else conv1d_step
+    constants = {"CHANNELS": 128, "AT_REST": at_rest, "OVERLAPS": True} | ({"N": 16} if op == "scan" else {"WIDTH": 4})
+    narrow = ("x_ptr", "dt_ptr", "z_ptr", "out_ptr", "weight_ptr", "bias_ptr", "B_ptr", "C_ptr", "D_ptr", "dt_bias_ptr")
+    ptx = compile_for_hopper(kernel, _types(kernel, narrow, constants), constants, 4).asm["ptx"]
+    before, _ = ptx.split("griddepcontrol.wait")
+    assert ".target sm_90" in ptx and ("ld.global" in before) == at_rest
 
 
 def _types(kernel, narrow: tuple[str, ...], constants: dict) -> dict[str, str]:

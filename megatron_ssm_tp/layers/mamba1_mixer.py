@@ -179,7 +179,7 @@ class Mamba1Mixer(SSMMixer):
         return self.ops.selective_scan_varlen(*self._scan_arguments(tokens), *where, longest=longest)
 
     def ssm_decode(self, tokens: Tensors, states: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-        return self.ops.selective_state_step(*self._scan_arguments(tokens), states, slots)
+        return self.ops.selective_state_step(*self._scan_arguments(tokens), states, slots, at_rest=True)
 
     def step(self, convolved: torch.Tensor, around: Tensors, states: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         """As SSMMixer's; on GPUs few requests take one kernel from x_proj on."""
@@ -190,7 +190,8 @@ class Mamba1Mixer(SSMMixer):
         bcdt, _ = self.x_proj(convolved)
         tokens = (t.squeeze(1) for t in (bcdt, convolved, around[0]))
         weights = (self.dt_proj.weight, self.decay_rates(), self.D, self.dt_proj.bias)
-        return dt_step.dt_and_step(*tokens, *weights, states, slots, dims.bcdt_norm_eps).unsqueeze(1)
+        y = dt_step.dt_and_step(*tokens, *weights, states, slots, dims.bcdt_norm_eps, at_rest=True)
+        return y.unsqueeze(1)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
         """As PartitionedModule's. Linears of a head have no extra state: at other TP sizes they are other modules."""

@@ -122,7 +122,7 @@ class Mamba2Mixer(SSMMixer):
         return self.ops.ssd_varlen(*self._scan_arguments(tokens), *where, longest=longest).flatten(-2)
 
     def ssm_decode(self, tokens: Tensors, states: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-        return self.ops.ssd_step(*self._scan_arguments(tokens), states, slots).flatten(-2)
+        return self.ops.ssd_step(*self._scan_arguments(tokens), states, slots, at_rest=True).flatten(-2)
 
     def finish(self, y: torch.Tensor, around: Tensors) -> tuple[torch.Tensor, torch.Tensor | None]:
         if not self._norm_rides:

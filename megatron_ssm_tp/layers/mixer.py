@@ -110,7 +110,7 @@ class SSMMixer(PartitionedModule):
         raise TypeError(f"{type(self).__name__} does not define ssm_prefill")
 
     def ssm_decode(self, tokens: Tensors, states: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-        """One token a request [s, ..]: output [s, D/p]; states updated in place."""
+        """One token a request [s, ..]: output [s, D/p]; states updated in place, at rest since the last pass."""
         raise TypeError(f"{type(self).__name__} does not define ssm_decode")
 
     def finish(self, y: torch.Tensor, around: Tensors) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -198,7 +198,7 @@ class SSMMixer(PartitionedModule):
         decodes, prefills, tokens = batch.decode_req_count, batch.prefill_req_count, batch.token_count
         if not prefills and decodes == tokens == x.shape[0]:
             slots = metadata.batch_indices_decode[:decodes]
-            convolved = self.ops.causal_conv1d_step(x.squeeze(1), *self.conv_weights(), conv_states, slots)
+            convolved = self._conv_step(x.squeeze(1), conv_states, slots)
             return self.step(convolved.unsqueeze(1), around, ssm_states, slots)
         x = x.squeeze(1)
         # Padding goes with the prompts, which leave it out.
@@ -206,7 +206,7 @@ class SSMMixer(PartitionedModule):
         parts = []
         if decodes:
             decode_slots = metadata.batch_indices_decode[:decodes]
-            parts.append(self.ops.causal_conv1d_step(x[decode], *self.conv_weights(), conv_states, decode_slots))
+            parts.append(self._conv_step(x[decode], conv_states, decode_slots))
         if prefills:
             prefill_slots = metadata.batch_indices_prefill[:prefills]
             cu_seqlens = metadata.cu_seqlens[: prefills + 1]
@@ -222,6 +222,10 @@ class SSMMixer(PartitionedModule):
             packed = Packed(ssm_states, prefill_slots, cu_seqlens, longest)
             parts.append(self.ssm_prefill(_part(inputs, prefill), packed))
         return _joined(parts, tokens, inputs[0].flatten(1)).unsqueeze(1)
+
+    def _conv_step(self, x: torch.Tensor, states: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        # A layer's states are written by its own convolution and scan alone, a pass ago: in_proj ran since.
+        return self.ops.causal_conv1d_step(x, *self.conv_weights(), states, slots, at_rest=True)
 
     def step(self, convolved: torch.Tensor, around: Tensors, states: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         """One token of each of s requests from the convolution on: [s, 1, ..] -> y [s, 1, D/p], states in place."""

@@ -73,9 +73,18 @@ def _tile_for(channels: int) -> Tile:
 
 
 def causal_conv1d_step(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, states: torch.Tensor, slots: torch.Tensor
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    states: torch.Tensor,
+    slots: torch.Tensor,
+    at_rest: bool = False,
 ) -> torch.Tensor:
-    """One token for each of s requests: x [s, D], states [slots, D, K] updated in place; returns y [s, D]."""
+    """One token for each of s requests: x [s, D], states [slots, D, K] updated in place; returns y [s, D].
+
+    Args:
+        at_rest: the kernel launched before this does not write states or slots: their reading need not wait for it.
+    """
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if not out.numel():
         return out
@@ -89,6 +98,7 @@ def causal_conv1d_step(
         (x.shape[1], x.stride(0), cached.stride(0)),
         WIDTH=weight.shape[1],
         CHANNELS=block,
+        AT_REST=at_rest and cached is states,
         num_warps=4,
     )
     if cached is not states:

@@ -130,21 +130,26 @@ def conv1d_step(
     state_stride,
     WIDTH: tl.constexpr,
     CHANNELS: tl.constexpr,
+    AT_REST: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """One token of one request."""
-    await_inputs(OVERLAPS)
+    """One token of one request. AT_REST: states and slots are read before what the kernel before writes is waited
+    for."""
+    if not AT_REST:
+        await_inputs(OVERLAPS)
     d, request = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS), tl.program_id(1).to(tl.int64)
     mask = d < channels
     slot = tl.load(slots_ptr + request).to(tl.int64)
     own = mask & (slot >= 0)  # Megatron pads batches with slots of -1
     state_at = states_ptr + slot * state_stride + d * WIDTH
-    x = tl.load(x_ptr + request * x_stride + d, mask=mask, other=0.0)
     total = tl.zeros((CHANNELS,), tl.float32)
     if bias_ptr is not None:
         total += tl.load(bias_ptr + d, mask=mask, other=0.0).to(tl.float32)
     taps = _columns(weight_ptr + d * WIDTH, mask, WIDTH)
     before = _columns(state_at, own, WIDTH)
+    if AT_REST:
+        await_inputs(OVERLAPS)
+    x = tl.load(x_ptr + request * x_stride + d, mask=mask, other=0.0)
     for tap in tl.static_range(WIDTH):
         value = before[tap + 1] if tap + 1 < WIDTH else x
         total += value.to(tl.float32) * taps[tap].to(tl.float32)

@@ -35,6 +35,7 @@ def dt_and_step(
     states: torch.Tensor,
     slots: torch.Tensor,
     eps: float | None,
+    at_rest: bool = False,
 ) -> torch.Tensor:
     """selective_state_step of dt = split_bcdt(bcdt) dt_weight^T, rounded to x's dtype before dt_bias is added.
 
@@ -44,6 +45,7 @@ def dt_and_step(
         dt_weight: [D, R]. A: [D, N], float32. D, dt_bias: [D].
         states: [slots, D, N], updated in place at slots int [s]; for a slot of -1 nothing is read or written.
         eps: of the norms of dt, B and C; None: there are none.
+        at_rest: as selective_state_step's.
 
     Returns:
         y [s, D] in x's dtype.
@@ -67,6 +69,7 @@ def dt_and_step(
         N=power_of_two(d_state),
         CHANNELS=_CHANNELS,
         NORMED=eps is not None,
+        AT_REST=at_rest and cached is states,
         num_warps=_WARPS,
     )
     if cached is not states:

@@ -32,14 +32,17 @@ def dt_step(
     N: tl.constexpr,
     CHANNELS: tl.constexpr,
     NORMED: tl.constexpr,
+    AT_REST: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """A program takes CHANNELS channels of one request. What does not wait for bcdt is loaded first."""
+    """A program takes CHANNELS channels of one request. What does not wait for bcdt is loaded first: states and slots
+    too, if they are AT_REST."""
     d, request = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS), tl.program_id(1).to(tl.int64)
     mask, n, r = d < channels, tl.arange(0, N), tl.arange(0, R)
     weight_at = weight_ptr + d[:, None] * RANK + r[None, :]
     weight = tl.load(weight_at, mask=mask[:, None] & (r < RANK)[None, :], other=0.0)
-    await_inputs(OVERLAPS)
+    if not AT_REST:
+        await_inputs(OVERLAPS)
     slot = tl.load(slots_ptr + request).to(tl.int64)
     here = mask[:, None] & (n < D_STATE)[None, :]
     own = here & (slot >= 0)  # batches are padded with slots of -1
@@ -47,6 +50,8 @@ def dt_step(
     state_at = states_ptr + slot * state_stride + element
     state = tl.load(state_at, mask=own, other=0.0).to(tl.float32)
     A = tl.load(A_ptr + element, mask=here, other=0.0) * LOG2E
+    if AT_REST:
+        await_inputs(OVERLAPS)
     row = bcdt_ptr + request * bcdt_stride
     dt_low = _run(row, r, RANK, eps, NORMED)
     B, C = _run(row + RANK, n, D_STATE, eps, NORMED), _run(row + RANK + D_STATE, n, D_STATE, eps, NORMED)

@@ -1,8 +1,9 @@
-"""How few_rows.py's products are cut into programs; measured on an H100 with the sizes of Falcon-Mamba-7B."""
+"""How few_rows.py's products are cut into programs; measured on H100s and an H200 with the sizes of Falcon-Mamba-7B."""
 
 from dataclasses import dataclass
 
 IN_LANES, IN_TILES = 2, 64  # rows of x at most
+_NARROW = 16  # rows of x at most, for which tiles of more rows of the weight are faster
 MOST_PARTS = 16
 _ENOUGH, _ALL = 112, 132  # programs: that keep an H100's memory busy, and one for each multiprocessor
 
@@ -27,13 +28,15 @@ class FewRowsLaunch:
 @dataclass(frozen=True)
 class TilesLaunch:
     """How a product in tiles is launched: `parts` of the columns, and for each tiles of [rows, block_k] of the weight,
-    `stages` of them in flight, in shared memory."""
+    `stages` of them in flight, in shared memory. While the kernel before ends, the first `ahead` columns of a part come
+    into the L2 cache."""
 
     parts: int
     stages: int = 4
     rows: int = 64
     block_k: int = 128
     warps: int = 4
+    ahead: int = 256
 
 
 def pick_launch(rows: int, columns: int, requests: int) -> FewRowsLaunch:
@@ -49,10 +52,18 @@ def pick_tiles(rows: int, columns: int, requests: int) -> TilesLaunch | None:
     blocks, over = divmod(columns, TilesLaunch.block_k)
     if over or not IN_LANES < requests <= IN_TILES:
         return None
-    tiles = -(-rows // TilesLaunch.rows)
+    tall = requests <= _NARROW and rows >= _ENOUGH * 2 * TilesLaunch.rows
+    tile_rows = TilesLaunch.rows * (2 if tall else 1)
+    tiles = -(-rows // tile_rows)
     possible = [parts for parts in range(1, min(MOST_PARTS, blocks // 2) + 1) if blocks % parts == 0]
     if not possible:
         return None
     parts = next((parts for parts in possible if parts * tiles >= _ENOUGH), possible[-1])
-    # Two programs fit on a multiprocessor with 96 KB each.
-    return TilesLaunch(parts, stages=3 if requests > 32 and parts * tiles > _ALL else 4)
+    return TilesLaunch(parts, _stages(parts * tiles, tall, requests), tile_rows)
+
+
+def _stages(programs: int, tall: bool, requests: int) -> int:
+    """As many as a multiprocessor has shared memory for."""
+    if tall or (programs <= _ALL and requests <= _NARROW):
+        return 5  # of its one program
+    return 3 if requests > 32 and programs > _ALL else 4  # two programs with 96 KB each

@@ -156,9 +156,17 @@ def selective_scan_varlen(
 
 
 def causal_conv1d_step(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, states: torch.Tensor, slots: torch.Tensor
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    states: torch.Tensor,
+    slots: torch.Tensor,
+    at_rest: bool = False,
 ) -> torch.Tensor:
-    """One token for each of s requests: x [s, D], states [slots, D, K] updated in place; returns y [s, D]."""
+    """One token for each of s requests: x [s, D], states [slots, D, K] updated in place; returns y [s, D].
+
+    `at_rest` is of use to kernels alone.
+    """
     y, final = causal_conv1d(x[:, None], weight, bias, states[slots])
     states[slots] = final.to(states.dtype)
     return y[:, 0]
@@ -175,8 +183,12 @@ def selective_state_step(
     dt_bias: torch.Tensor,
     states: torch.Tensor,
     slots: torch.Tensor,
+    at_rest: bool = False,
 ) -> torch.Tensor:
-    """One token for each of s requests: x, dt, z [s, D], B, C [s, N], states [slots, D, N] in place; y [s, D]."""
+    """One token for each of s requests: x, dt, z [s, D], B, C [s, N], states [slots, D, N] in place; y [s, D].
+
+    `at_rest` is of use to kernels alone.
+    """
     x, dt, B, C, z = (tokens[:, None] for tokens in (x, dt, B, C, z))
     y, final = selective_scan(x, dt, A, B, C, D, z, dt_bias, states[slots])
     states[slots] = final.to(states.dtype)

@@ -138,8 +138,12 @@ def selective_state_step(
     dt_bias: torch.Tensor,
     states: torch.Tensor,
     slots: torch.Tensor,
+    at_rest: bool = False,
 ) -> torch.Tensor:
     """One token for each of s requests: x, dt, z [s, D], B, C [s, N] or [s, H, N], as in `selective_scan_varlen`.
+
+    Args:
+        at_rest: the kernel launched before this does not write states or slots: their reading need not wait for it.
 
     Returns:
         y [s, D] in x's dtype; states [slots, D, N] are updated in place.
@@ -155,7 +159,16 @@ def selective_state_step(
     numbers = shape.geometry(lanes)
     numbers += (x.stride(0), dt.stride(0), z.stride(0), *B.stride()[:2], *C.stride()[:2], cached.stride(0))
     given, grid = (x, dt, z, out, A, B, C, D, dt_bias, cached, slots.contiguous()), shape.grid(lanes, x.shape[0])
-    launch(state_step, grid, given, numbers, N=shape.padded, CHANNELS=2 * lanes, num_warps=4)
+    launch(
+        state_step,
+        grid,
+        given,
+        numbers,
+        N=shape.padded,
+        CHANNELS=2 * lanes,
+        AT_REST=at_rest and cached is states,
+        num_warps=4,
+    )
     if cached is not states:
         states.copy_(cached)
     return out

@@ -155,8 +155,12 @@ def ssd_step(
     dt_limit: tuple[float, float],
     states: torch.Tensor,
     slots: torch.Tensor,
+    at_rest: bool = False,
 ) -> torch.Tensor:
     """One token for each of s requests: x [s, H, P], dt [s, H], B, C [s, G, N], as in `ssd_varlen`; all in float32.
+
+    Args:
+        at_rest: the kernel launched before this does not write states or slots: their reading need not wait for it.
 
     Returns:
         y [s, H, P] in x's dtype; states [slots, H, P, N] are updated in place.
@@ -173,7 +177,7 @@ def ssd_step(
     numbers = (shape.heads, shape.heads // shape.groups, shape.channels, blocks, shape.d_state)
     numbers += (x.stride(0), dt.stride(0), B.stride(0), C.stride(0), cached.stride(0), *map(float, dt_limit))
     given, grid = (x, dt, out, A, B, C, D, dt_bias, cached, slots.contiguous()), (shape.heads * blocks, x.shape[0])
-    launch(ssd_state_step, grid, given, numbers, P=P, N=N, num_warps=4)
+    launch(ssd_state_step, grid, given, numbers, P=P, N=N, AT_REST=at_rest and cached is states, num_warps=4)
     if cached is not states:
         states.copy_(cached)
     return out

@@ -122,8 +122,12 @@ def ssd_step(
     dt_limit: tuple[float, float],
     states: torch.Tensor,
     slots: torch.Tensor,
+    at_rest: bool = False,
 ) -> torch.Tensor:
-    """One token for each of s requests: x [s, H, P], dt [s, H], B, C [s, G, N], states in place; y [s, H, P]."""
+    """One token for each of s requests: x [s, H, P], dt [s, H], B, C [s, G, N], states in place; y [s, H, P].
+
+    `at_rest` is of use to kernels alone.
+    """
     x, dt, B, C = (tokens[:, None] for tokens in (x, dt, B, C))
     y, final = ssd(x, dt, A, B, C, D, dt_bias, dt_limit, states[slots])
     states[slots] = final.to(states.dtype)

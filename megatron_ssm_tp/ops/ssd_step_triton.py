@@ -33,10 +33,13 @@ def ssd_state_step(
     dt_max,
     P: tl.constexpr,
     N: tl.constexpr,
+    AT_REST: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """A program takes P channels of a head, of one request."""
-    await_inputs(OVERLAPS)
+    """A program takes P channels of a head, of one request. AT_REST: states and slots are read before what the kernel
+    before writes is waited for."""
+    if not AT_REST:
+        await_inputs(OVERLAPS)
     head, request = tl.program_id(0) // channel_blocks, tl.program_id(1).to(tl.int64)
     p, n = tl.program_id(0) % channel_blocks * P + tl.arange(0, P), tl.arange(0, N)
     mask, channel = p < channels, head * channels + p
@@ -45,6 +48,8 @@ def ssd_state_step(
     state_at = states_ptr + slot * state_stride
     state_at += channel[:, None] * d_state + n[None, :]
     state = tl.load(state_at, mask=own, other=0.0).to(tl.float32)
+    if AT_REST:
+        await_inputs(OVERLAPS)
     shared = head // group_heads * d_state + n
     B = tl.load(B_ptr + request * B_stride + shared, mask=n < d_state, other=0.0).to(tl.float32)
     C = tl.load(C_ptr + request * C_stride + shared, mask=n < d_state, other=0.0).to(tl.float32)

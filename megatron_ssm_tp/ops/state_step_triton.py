@@ -35,10 +35,13 @@ def state_step(
     state_stride,
     N: tl.constexpr,
     CHANNELS: tl.constexpr,
+    AT_REST: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
-    """A program takes CHANNELS channels of a head, of one request."""
-    await_inputs(OVERLAPS)
+    """A program takes CHANNELS channels of a head, of one request. AT_REST: states and slots are read before what the
+    kernel before writes is waited for."""
+    if not AT_REST:
+        await_inputs(OVERLAPS)
     head, request = tl.program_id(0) // head_blocks, tl.program_id(1).to(tl.int64)
     within = tl.program_id(0) % head_blocks * CHANNELS + tl.arange(0, CHANNELS)
     mask = within < head_channels
@@ -50,15 +53,17 @@ def state_step(
     state_at = states_ptr + slot * state_stride + element
     state = tl.load(state_at, mask=own, other=0.0).to(tl.float32)
     A = tl.load(A_ptr + element, mask=here, other=0.0) * LOG2E
+    D = tl.load(D_ptr + d, mask=mask, other=0.0).to(tl.float32)
+    dt_bias = tl.load(dt_bias_ptr + d, mask=mask, other=0.0).to(tl.float32)
+    if AT_REST:
+        await_inputs(OVERLAPS)
     B_at, C_at = B_ptr + request * B_stride + head * B_head_stride, C_ptr + request * C_stride + head * C_head_stride
     B = tl.load(B_at + n, mask=n < d_state, other=0.0).to(tl.float32)
     C = tl.load(C_at + n, mask=n < d_state, other=0.0).to(tl.float32)
     x = tl.load(x_ptr + request * x_stride + d, mask=mask, other=0.0).to(tl.float32)
     dt = tl.load(dt_ptr + request * dt_stride + d, mask=mask, other=0.0).to(tl.float32)
     z = tl.load(z_ptr + request * z_stride + d, mask=mask, other=0.0).to(tl.float32)
-    D = tl.load(D_ptr + d, mask=mask, other=0.0).to(tl.float32)
-    dt += tl.load(dt_bias_ptr + d, mask=mask, other=0.0).to(tl.float32)
-    state, y = advance(state, x, dt, A, B, C, D, z)
+    state, y = advance(state, x, dt + dt_bias, A, B, C, D, z)
     tl.store(state_at, state.to(states_ptr.dtype.element_ty), mask=own)
     tl.store(out_ptr + request * channels + d, y.to(out_ptr.dtype.element_ty), mask=mask)
 

@@ -11,7 +11,7 @@ import triton.language as tl
 from .few_rows_launch import TilesLaunch
 from .kernel_calls import launch
 from .launching import last_axis_dense, power_of_two, row_unit
-from .overlap_triton import await_inputs
+from .overlap_triton import ask_ahead, await_inputs
 
 _FEWEST = 16  # columns of an operand
 
@@ -31,6 +31,7 @@ def tiles_product(x: torch.Tensor, weight: torch.Tensor, how: TilesLaunch) -> to
         UNIT=unit,
         COLUMNS=columns,
         PART=columns // how.parts,
+        AHEAD=min(how.ahead, columns // how.parts) if weight.data_ptr() % 16 == 0 else 0,
         REQUESTS=max(_FEWEST, power_of_two(requests)),
         ROWS=how.rows,
         BLOCK_K=how.block_k,
@@ -51,6 +52,7 @@ def tile_sums(
     UNIT: tl.constexpr,
     COLUMNS: tl.constexpr,
     PART: tl.constexpr,
+    AHEAD: tl.constexpr,
     REQUESTS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -58,12 +60,14 @@ def tile_sums(
     OVERLAPS: tl.constexpr,
 ):
     """ROWS rows of the weight, in PART columns of it, times all rows of x. x_stride counts UNIT values."""
-    await_inputs(OVERLAPS)
-    x_stride *= UNIT
     row, part = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
     request, column = tl.arange(0, REQUESTS), part * PART + tl.arange(0, BLOCK_K)
     # Rows beyond the last one are the last one, and not stored: loads without masks go to shared memory directly.
     weight_at = weight_ptr + tl.minimum(row, rows - 1).to(tl.int64)[:, None] * COLUMNS + column[None, :]
+    if OVERLAPS and AHEAD > 0:
+        _ask_for_first(weight_ptr + part * PART, rows, COLUMNS, AHEAD, ROWS)
+    await_inputs(OVERLAPS)
+    x_stride *= UNIT
     x_at = x_ptr + tl.minimum(request, requests - 1).to(tl.int64)[None, :] * x_stride + column[:, None]
     sums = tl.zeros((ROWS, REQUESTS), tl.float32)
     for k in tl.range(0, PART, BLOCK_K, num_stages=STAGES):
@@ -71,3 +75,12 @@ def tile_sums(
         sums = tl.dot(weight, tl.load(x_at + k), sums)
     out_at = out_ptr + (part * requests + request).to(tl.int64)[None, :] * rows + row[:, None]
     tl.store(out_at, sums.to(out_ptr.dtype.element_ty), mask=(request < requests)[None, :] & (row < rows)[:, None])
+
+
+@triton.jit
+def _ask_for_first(at, rows, COLUMNS: tl.constexpr, AHEAD: tl.constexpr, ROWS: tl.constexpr):
+    """Ask ahead for the first AHEAD columns, behind `at`, of the program's rows: in halves, which are twice as many."""
+    half, rows_here = tl.arange(0, 2 * ROWS), tl.program_id(0) * ROWS
+    row = tl.minimum(rows_here + half // 2, rows - 1).to(tl.int64)
+    width: tl.constexpr = at.dtype.element_ty.primitive_bitwidth // 8
+    ask_ahead(at + row * COLUMNS + half % 2 * (AHEAD // 2), AHEAD // 2 * width)
