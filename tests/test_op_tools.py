@@ -82,6 +82,10 @@ def test_the_work_and_its_floor():
     assert floor.seconds(conv) == bytes_of(conv) / 3e12 and "1.755 GHz, assumed" in floor_of(jobs.CPU, 3, None, 1).words
 
 
+def test_without_a_bandwidth_it_is_a_copys():
+    assert 1e9 < floor_of(jobs.CPU, None, 2.0, 1).bandwidth < 1e12
+
+
 def test_rows_of_all_operators(interpreted):
     pytest.importorskip("triton")
     rows, text = interpreted(jobs.benched)

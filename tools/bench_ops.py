@@ -78,7 +78,7 @@ def read_args(argv: list[str] | None = None) -> argparse.Namespace:
     made.add_argument("--shapes", nargs="+", default=["1x8192", "8x2048"], metavar="PROMPTSxTOKENS")
     made.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64], metavar="N", help="requests of a step")
     made.add_argument("--clock", type=float, metavar="GHZ", help="of the SMs; nvidia-smi's, while a scan runs")
-    made.add_argument("--bandwidth", type=float, default=3.0, metavar="TB/S", help="3.0: a copy on an H100 SXM")
+    made.add_argument("--bandwidth", type=float, metavar="TB/S", help="of the memory; a large copy's")
     made.add_argument("--json", metavar="FILE", help="write the numbers there as well")
     made.add_argument("--plot", metavar="FILE", help="shares of the floor, as a picture")
     return made.parse_args(argv)

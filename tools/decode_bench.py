@@ -1,7 +1,7 @@
 """What bench_inference.py decode measures: a step of ours, in the engine's bursts, and of mamba-ssm's by its graph.
 
 A step takes each request's token and state to its next token, greedy; the host looks every BURST of them. Its floor is
-the time to read the weights once, and to read and write the states, at the memory's speed.
+the time to read the weights once, and to read and write the states, at the speed of a large copy on the same device.
 """
 
 import argparse
@@ -18,6 +18,7 @@ from bench_options import Asked, Setting, add_common, check_counts, check_pure_s
 from inference_report import OURS, RIVAL
 from measure import largest, markdown, tried
 from megatron_steps import WAYS, MegatronSteps
+from memory_speed import copy_speed
 from report_files import write_json
 
 from megatron_ssm_tp.cli.console import is_speaker, say
@@ -31,7 +32,6 @@ from megatron_ssm_tp.inference.small_sums import SmallSums
 from megatron_ssm_tp.layers.row_parallel import set_recipes
 
 BURST, BURSTS = 32, 5
-BYTES_PER_SECOND = 3.0e12  # an H100's memory
 _UNENDING = 1 << 40  # tokens
 _PROMPT, _SHORT, _LONG = 16, 33, 161  # tokens: of mamba-ssm's prompt, and of two answers whose difference is timed
 
@@ -57,13 +57,16 @@ def check(args: argparse.Namespace, asked: Asked) -> None:
 
 def run(setting: Setting) -> None:
     """Measure and report, what there is of it, if it is interrupted too."""
+    memory = copy_speed(setting.device)
+    say(f"A copy moves {memory / 1e12:.3g} TB/s, read and written: the floor's speed.")
     cells: list[DecodeCell] = []
     try:
         for name in setting.asked.models:
-            DecodeBench(name, setting).run(cells)
+            DecodeBench(name, setting, memory).run(cells)
     finally:
         if cells and is_speaker():
-            report_decode(setting.args, setting.conditions, cells)
+            found = setting.conditions | {"copy": f"{memory / 1e12:.3g} TB/s"}
+            report_decode(setting.args, found, cells)
 
 
 class DecodeCell(NamedTuple):
@@ -78,8 +81,10 @@ class DecodeCell(NamedTuple):
     note: str = ""
 
 
-def decode_ours(ours: Ours, batch: int, ssm_dtype: torch.dtype, graphs: bool) -> tuple[float, float, float]:
-    """Seconds of a step, of the host's work for it, and of its floor."""
+def decode_ours(
+    ours: Ours, batch: int, ssm_dtype: torch.dtype, graphs: bool, memory: float
+) -> tuple[float, float, float]:
+    """Seconds of a step, of the host's work for it, and of its floor: `memory` is in bytes a second."""
     group, parameter = ours.groups.tp, next(ours.model.parameters())
     sizes = (ours.config, group.size(), batch)
     dtypes = (ours.model.config.params_dtype, ssm_dtype)
@@ -106,16 +111,16 @@ def decode_ours(ours: Ours, batch: int, ssm_dtype: torch.dtype, graphs: bool) ->
     if not (table.ssm[:, :batch].isfinite().all() and table.counts[:batch].eq((2 + BURSTS) * BURST).all()):
         raise ArithmeticError("states are not finite, or tokens are missing")
     step, host = (largest(sorted(column)[BURSTS // 2] / BURST, parameter.device) for column in zip(*found, strict=True))
-    return step, host, floor_seconds(ours, table)
+    return step, host, floor_bytes(ours, table) / memory
 
 
-def floor_seconds(ours: Ours, table: SlotTable) -> float:
-    """Reading the weights that a step uses, and reading and writing the states of the table's slots."""
+def floor_bytes(ours: Ours, table: SlotTable) -> int:
+    """Of the weights that a step reads, and of the states of the table's slots, which it reads and writes."""
     tied = ours.model.share_embeddings_and_output_weights
     embedding = ours.model.embedding.word_embeddings.weight
     weights = sum(p.nbytes for p in ours.model.parameters()) - (0 if tied else embedding.nbytes)
     states = (table.conv.nbytes + table.ssm.nbytes) * table.slots // (table.slots + 1)
-    return (weights + 2 * states) / BYTES_PER_SECOND
+    return weights + 2 * states
 
 
 def decode_theirs(theirs: MambaSsm, batch: int) -> float:
@@ -164,7 +169,8 @@ def decode_table(cells: list[DecodeCell]) -> str:
 class DecodeBench:
     """All that is measured of one model's steps."""
 
-    def __init__(self, name: str, setting: Setting) -> None:
+    def __init__(self, name: str, setting: Setting, memory: float) -> None:
+        self.memory = memory
         self.name, self.setting, self.args, self.device = name, setting, setting.args, setting.device
         self.config, self.whole = setting.asked.models[name]
         self.ssm_dtypes = [getattr(torch, dtype) for dtype in setting.args.ssm_dtypes]
@@ -177,7 +183,8 @@ class DecodeBench:
             set_recipes(ours.model, recipes_of(recipe))
             words = [OURS, f"{str(ssm_dtype).removeprefix('torch.')} states", *([recipe] if recipe != "none" else [])]
             graphs = self.device.type == "cuda" and not self.args.no_graphs
-            self._add(cells, ", ".join(words), batch, partial(decode_ours, ours, batch, ssm_dtype, graphs))
+            measured = partial(decode_ours, ours, batch, ssm_dtype, graphs, self.memory)
+            self._add(cells, ", ".join(words), batch, measured)
             free_memory()
         del ours
         free_memory()

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 from measure import busy_clock
+from memory_speed import copy_speed
 from op_cases import Case, call, draw, ours
 
 H100_CLOCK = 1.755  # GHz, where nvidia-smi does not say
@@ -36,13 +37,15 @@ class Floor(NamedTuple):
         return max(bytes_of(case) / self.bandwidth, special_functions(case) / self.special)
 
 
-def floor_of(device: torch.device, bandwidth: float, clock: float | None, channels: int) -> Floor:
+def floor_of(device: torch.device, bandwidth: float | None, clock: float | None, channels: int) -> Floor:
     """The floor's assumptions, measured where they can be.
 
     Args:
-        bandwidth: TB/s.
+        bandwidth: TB/s; None is a large copy's.
         clock: GHz; None is nvidia-smi's while a scan of so many `channels` runs, or H100_CLOCK.
     """
+    if bandwidth is None:
+        bandwidth = copy_speed(device) / 1e12
     processors, source = H100_PROCESSORS, "given"
     if device.type == "cuda":
         processors = torch.cuda.get_device_properties(device).multi_processor_count
@@ -54,7 +57,7 @@ def floor_of(device: torch.device, bandwidth: float, clock: float | None, channe
     if clock is None:
         clock, source = H100_CLOCK, "assumed"
     words = (
-        f"The floor is the larger of bytes / {bandwidth:g} TB/s and special functions / "
+        f"The floor is the larger of bytes / {bandwidth:.3g} TB/s and special functions / "
         f"({processors} SMs x {SPECIAL_A_CLOCK} a clock x {clock:.3f} GHz, {source})."
     )
     return Floor(bandwidth * 1e12, processors * SPECIAL_A_CLOCK * clock * 1e9, words)
