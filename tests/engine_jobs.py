@@ -181,11 +181,11 @@ def recipes_of_decoding(path: Path, asked: str) -> list[str]:
         "int8": allreduce_autocast(recipe=Int8BlockScaling(block_size=16)),
         "off": allreduce_autocast(enabled=False),
     }
-    if asked == "model":
-        set_recipes(model.model, Int8BlockScaling(block_size=16))
+    if asked in ("model", "none"):
+        set_recipes(model.model, Int8BlockScaling(block_size=16) if asked == "model" else "none")
     try:
         with (
-            mock.patch.object(engine.decoder._sums, "_unasked", RecipeBook.everywhere(Bf16())),
+            mock.patch.object(engine.sums, "_unasked", RecipeBook.everywhere(Bf16())),
             mock.patch.object(mappings, "all_reduce", noting),
             contexts.get(asked, nullcontext()),
         ):

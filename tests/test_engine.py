@@ -90,7 +90,7 @@ def test_what_is_under_way_can_be_left_and_cancelled(world, tiny):
 
 
 @pytest.mark.parametrize(
-    ("asked", "expected"), [("nothing", ["bf16"]), ("int8", ["int8"]), ("off", []), ("model", ["int8"])]
+    ("asked", "expected"), [("nothing", ["bf16"]), ("int8", ["int8"]), ("off", []), ("model", ["int8"]), ("none", [])]
 )
 def test_decodings_own_sums_give_way_to_what_is_asked_for(world, tiny, asked, expected):
     for found in world(2).run(jobs.recipes_of_decoding, tiny("mamba").path, asked):

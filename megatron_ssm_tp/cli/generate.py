@@ -89,7 +89,8 @@ def _add_reductions(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tp-allreduce-recipe",
         metavar="NAME",
-        help="how partial sums travel between ranks: none, bf16, int8, fp8, int4; x_proj's stay Megatron's",
+        help="how partial sums travel between ranks: none (Megatron's all-reduce), bf16, int8, fp8, int4; x_proj's "
+        "stay Megatron's. Default: none, but bf16, x_proj's too, in steps and graphs of the engine slots on GPUs",
     )
     parser.add_argument(
         "--tp-allreduce-min-bytes",
@@ -156,9 +157,9 @@ def _read_recipes(args: argparse.Namespace) -> "RecipeBook | None":
         raise UserError("tp_allreduce_recipe", name, "stands beside --tp-allreduce-cfg", "one of the two")
     if file is not None:
         return RecipeBook.from_yaml_file(file)
-    recipe = None if name is None else recipe_by_name(name)
-    if recipe is None:
+    if name is None:
         return None
+    recipe = recipe_by_name(name)
     return RecipeBook.everywhere(recipe if least is None else replace(recipe, min_bytes=least))
 
 
@@ -273,16 +274,29 @@ def _ops_in_use(llm: "LLM") -> dict[str, str]:
 
 
 def _recipes_in_force(args: argparse.Namespace, llm: "LLM") -> dict[str, object]:
-    """As they were asked for, and how many sites each format reduces; none is Megatron's own all-reduce."""
+    """As they were asked for, and how many sites each format reduces, in passes over prompts and in steps and graphs
+    of our engine; none is Megatron's own all-reduce."""
+    from ..comm.autocast import allreduce_autocast
+    from ..inference.engine import SlotEngine
     from ..layers.row_parallel import RecipeRowParallelLinear, recipe_now
 
     linears = [m for m in llm.model.modules() if isinstance(m, RecipeRowParallelLinear) and not m.reduced_elsewhere]
-    found = [recipe_now(linear) for linear in linears]
+
+    def sites() -> dict[str, int]:
+        found = [recipe_now(linear) for linear in linears]
+        return dict(Counter("none" if recipe is None else recipe.name for recipe in found))
+
+    of_steps = sites()
+    if isinstance(llm.engine, SlotEngine):
+        book = llm.engine.sums.book()
+        with allreduce_autocast(enabled=book is not None, recipe=book):
+            of_steps = sites()
     return {
         "recipe": args.tp_allreduce_recipe,
         "cfg": args.tp_allreduce_cfg,
         "min_bytes": args.tp_allreduce_min_bytes,
-        "sites": dict(Counter("none" if recipe is None else recipe.name for recipe in found)),
+        "sites": sites(),
+        "sites_of_steps": of_steps,
     }
 
 

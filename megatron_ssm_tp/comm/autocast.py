@@ -30,7 +30,7 @@ _settings: ContextVar[tuple[_Setting, ...]] = ContextVar("allreduce_autocast", d
 @contextmanager
 def allreduce_autocast(
     enabled: bool = True,
-    recipe: AllReduceRecipe | RecipeBook | None = None,
+    recipe: AllReduceRecipe | RecipeBook | str | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Iterator[None]:
     """Within the context, row-parallel reductions follow `recipe` whatever recipe their layer was built with.
@@ -40,8 +40,9 @@ def allreduce_autocast(
 
     Args:
         enabled: False turns quantization off within.
-        recipe: for all sites but x_proj's, or a book of recipes by site; Int8BlockScaling() if none is given. No model
-            is known here, so that a book's matchers that fit none of its sites are not found out as by `set_recipes`.
+        recipe: for all sites but x_proj's, or a book of recipes by site; Int8BlockScaling() if nothing is given; "none"
+            is as `enabled=False`. No model is known here, so that a book's matchers that fit none of its sites are not
+            found out as by `set_recipes`.
         group: only reductions over this process group; all groups if none is given.
 
     Raises:

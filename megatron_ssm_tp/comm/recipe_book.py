@@ -37,7 +37,7 @@ from megatron.core.quantization.quant_config import GlobMatcher, MatchContext, R
 from ..errors import UserError
 from .backends import check_named
 from .recipe_file import in_file, parts_of, read_yaml
-from .recipes import AllReduceRecipe
+from .recipes import NONE, AllReduceRecipe
 
 X_PROJ = "x_proj"
 
@@ -145,8 +145,8 @@ class RecipeBook:
         return self._found[site]
 
 
-def as_book(recipe: AllReduceRecipe | RecipeBook | None, field: str = "recipe") -> RecipeBook | None:
-    """One recipe as a book of it everywhere but at x_proj.
+def as_book(recipe: AllReduceRecipe | RecipeBook | str | None, field: str = "recipe") -> RecipeBook | None:
+    """One recipe as a book of it everywhere but at x_proj; "none" as one of Megatron's own all-reduce everywhere.
 
     Raises:
         UserError: something else; `field` is what the caller calls it.
@@ -155,7 +155,10 @@ def as_book(recipe: AllReduceRecipe | RecipeBook | None, field: str = "recipe") 
         return RecipeBook.everywhere(recipe)
     if recipe is None or isinstance(recipe, RecipeBook):
         return recipe
-    raise UserError(field, recipe, "no recipe", "an AllReduceRecipe such as Int8BlockScaling(), a RecipeBook, None")
+    if recipe == NONE:
+        return RecipeBook.everywhere(None)
+    legal = f'an AllReduceRecipe such as Int8BlockScaling(), a RecipeBook, "{NONE}", None'
+    raise UserError(field, recipe, "no recipe", legal)
 
 
 def _is_x_proj(site: str) -> bool:

@@ -127,7 +127,8 @@ class Int4BlockScaling(AllReduceRecipe):
 
 FIELDS = ("block_size", "min_bytes", "backend")
 _BY_NAME = {kind.name: kind for kind in (Bf16, Int8BlockScaling, Float8BlockScaling, Int4BlockScaling)}
-RECIPE_NAMES = ("none", *_BY_NAME)
+NONE = "none"  # Megatron's own all-reduce, where it is asked for by name
+RECIPE_NAMES = (NONE, *_BY_NAME)
 
 
 def recipe_by_name(name: str, **fields: Any) -> AllReduceRecipe | None:
@@ -141,7 +142,7 @@ def recipe_by_name(name: str, **fields: Any) -> AllReduceRecipe | None:
     for field in fields:
         if field not in FIELDS:
             raise UserError("recipe", field, f"no field of {name}", ", ".join(FIELDS))
-    return _BY_NAME[name](**fields) if name != "none" else None
+    return _BY_NAME[name](**fields) if name != NONE else None
 
 
 def legal_dtypes() -> str:

@@ -32,12 +32,12 @@ def save_state(state: ConversationState, directory: str | Path, group: dist.Proc
     Raises:
         UserError: it is no state, or some rank cannot write there; the same on all.
     """
-    if not isinstance(state, ConversationState):
-        raise UserError("state", type(state).__name__, "is no state", "that of an answer, of return_states=True")
     file = _file(directory, group)
     partial = file.with_name(file.name + ".partial")
 
     def write() -> None:
+        if not isinstance(state, ConversationState):
+            raise UserError("state", type(state).__name__, "is no state", "that of an answer, of return_states=True")
         tensors = {"conv": state.snapshot.conv.cpu(), "ssm": state.snapshot.ssm.cpu()}
         try:
             file.parent.mkdir(parents=True, exist_ok=True)

@@ -96,11 +96,14 @@ class Decoder:
         return self.emitted(rows.tokens[:steps], rows.log_probs[:steps] if needs.log_probs else None)
 
     def warm_up(self) -> None:
-        """Make all graphs that bursts may ask for."""
-        if self._graphs is None:
-            return
-        for size, needs in product(self._sizes, SamplingNeeds.all_rounded()):
-            self._step_of(self._rows_of(size), needs, self._sums.book())
+        """Make all graphs that bursts may ask for; without graphs have their kernels compiled, as far as sizes are
+        alike."""
+        sizes = self._sizes if self._graphs is not None else self._sizes[:1]
+        for size, needs in product(sizes, SamplingNeeds.all_rounded()):
+            step = self._step_of(self._rows_of(size), needs, self._sums.book())
+            if self._graphs is None:
+                self._rows_of(size).blank()
+                step()
 
     def _rows_of(self, size: int) -> _Rows:
         if size not in self._rows:

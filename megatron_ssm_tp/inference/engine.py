@@ -54,9 +54,9 @@ class SlotEngine(OneRun, AbstractEngine):
         self.model, self.table, self.max_tokens, self.prefixes = model, table, max_tokens, prefixes
         self.bursts = bursts or Bursts.on(table.device)
         graphs = Graphs(table.device) if self.bursts.graphs and table.device.type == "cuda" else None
-        sums = SmallSums(model, table.device)
-        self.passes = Passes(model, table, sums, graphs)
-        self.decoder = Decoder(model, table, self.bursts.longest, sums, graphs)
+        self.sums = SmallSums(model, table.device)
+        self.passes = Passes(model, table, self.sums, graphs)
+        self.decoder = Decoder(model, table, self.bursts.longest, self.sums, graphs)
         self._seed, self._ordinals = seed, itertools.count()
         self._unfinished: dict[
             int, Running
@@ -105,6 +105,8 @@ class SlotEngine(OneRun, AbstractEngine):
 
     def warm_up(self) -> None:
         """Have kernels compiled and all CUDA graphs made, so that no request waits for them; on CPUs nothing."""
+        if self.table.device.type == "cpu":
+            return
         with self.alone(), inference_active(), torch.inference_mode():
             self.passes.warm_up(self.max_tokens)
             self.decoder.warm_up()
@@ -162,8 +164,9 @@ class SlotEngine(OneRun, AbstractEngine):
             request = running.request
             states = request.state.snapshot if request.state else None
             if self.prefixes is not None and states is None:
-                running.read, states = self.prefixes.find(running.prompt)
-                parting = self.prefixes.parting(running.prompt, running.read)
+                running.made_by = self.sums.asked()
+                running.read, states = self.prefixes.find(running.prompt, running.made_by)
+                parting = self.prefixes.parting(running.prompt, running.read, running.made_by)
                 running.keep_at = len(running.prompt) if request.keep_state else parting
             sampling, end_ids = running.sampling(self._seed), sorted(request.stop.end_ids)
             self.table.begin(running.slot, running.conversation, sampling, running.limit, end_ids, states)
@@ -191,7 +194,8 @@ class SlotEngine(OneRun, AbstractEngine):
         logits, slots = self.passes.logits([(running.slot, part) for running, part in parts], max(1, len(done)))
         for running, _ in parts:
             if running.keep_at and running.read == running.keep_at:
-                self.prefixes.keep(running.prompt[: running.read], self.table.snapshot(running.slot))
+                states = self.table.snapshot(running.slot)
+                self.prefixes.keep(running.prompt[: running.read], states, running.made_by)
         if not done:
             return
         for running in done:

@@ -21,7 +21,7 @@ from ..layers.overlap import HALVES, check_overlap, set_overlap
 from ..layers.row_parallel import set_recipes
 from ..ops.choose import implementation
 from ..partition.layout import check_tp_size
-from ..ranks import agree, check_all_same, check_same, lost_peers_reported
+from ..ranks import agree, check_all_same, lost_peers_reported
 from .answers import Answer, TextPiece
 from .conversation import ConversationState, load_state, save_state
 from .distributed import join
@@ -95,7 +95,7 @@ class LLM:
         seed: int = 0,
         exact_norm: bool = False,
         ops: str = "auto",
-        tp_allreduce: AllReduceRecipe | RecipeBook | None = None,
+        tp_allreduce: AllReduceRecipe | RecipeBook | str | None = None,
         tp_overlap_from: int | None = None,
         tp_overlap: str = HALVES,
         engine: str = "auto",
@@ -111,7 +111,8 @@ class LLM:
             limits: how many requests and tokens run at once.
             seed: of the sampling generator, the same on every rank.
             tp_allreduce: how the ranks' partial sums travel: a recipe for all sites but x_proj's, or a book of recipes
-                by site, none of whose enabled matchers may fit no site; None is Megatron's own all-reduce.
+                by site, none of whose enabled matchers may fit no site; "none" is Megatron's own all-reduce. None is
+                that too, but for steps and graphs of our engine in bfloat16 (inference/small_sums.py).
             tp_overlap_from: passes over this many tokens or more hide reductions behind products; None: none does.
             tp_overlap: how: "halves" of the tokens by turns, where all layers are SSMs, or "x_proj"'s sums behind z's
                 product, of Mamba-1 (layers/overlap.py).
@@ -127,10 +128,10 @@ class LLM:
         """
         device, groups = join(tensor_model_parallel_size)
         limits = limits if limits is not None else CacheLimits()
-        check_seed(seed)
 
         def read_headers() -> tuple[ModelCheckpoint, torch.dtype, TextTokenizer | NoTokenizer, RecipeBook | None]:
             _check_arguments(limits, bursts)
+            check_seed(seed)
             implementation(ops)
             checkpoint = open_model(path)
             check_tp_size(checkpoint.config, groups.tp.size())
@@ -141,9 +142,10 @@ class LLM:
 
         with lost_peers_reported(), megatron_on_cpu():
             checkpoint, params_dtype, words, recipes = agree(read_headers, groups.tp)
-            check_same("tp_allreduce", recipes.fingerprint() if recipes else "none", groups.tp)
-            check_same("tp_overlap_from", str(tp_overlap_from), groups.tp)
-            check_same("tp_overlap", tp_overlap, groups.tp)
+            alike = {"tp_allreduce": recipes.fingerprint() if recipes else None, "dtype": params_dtype}
+            alike |= {"limits": limits, "seed": seed, "exact_norm": exact_norm, "ops": ops, "engine": engine}
+            alike |= {"bursts": bursts, "tp_overlap_from": tp_overlap_from, "tp_overlap": tp_overlap}
+            check_all_same({name: str(value) for name, value in alike.items()}, groups.tp)
             if recipes is not None:
                 with renamed(lambda field: field if field == FILE else f"tp_allreduce.{field}"):
                     recipes.check_backends(groups.tp, device)
@@ -233,12 +235,14 @@ class LLM:
 
     def save_state(self, state: ConversationState, directory: str | Path) -> None:
         """Write an output's state, each rank its part. Raises UserError: see `conversation.save_state`."""
-        save_state(state, directory, self.model.pg_collection.tp)
+        with self._step():
+            save_state(state, directory, self.model.pg_collection.tp)
 
     def load_state(self, directory: str | Path) -> ConversationState:
         """What `save_state` wrote with as many ranks. Raises UserError: see `conversation.load_state`."""
         device = self.model.embedding.word_embeddings.weight.device
-        return load_state(directory, device, self.model.pg_collection.tp)
+        with self._step():
+            return load_state(directory, device, self.model.pg_collection.tp)
 
     def _agreed[T](self, call: str, read: Callable[[], T], told: Callable[[T], dict[str, str]]) -> T:
         """What `read` makes of a call's arguments: refused on all ranks if on any, or if they are told differently."""

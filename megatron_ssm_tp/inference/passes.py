@@ -3,7 +3,8 @@
 A short pass takes the host longer to launch than the GPU to run, so that on GPUs short ones are CUDA graphs, for some
 numbers of tokens and of prompts (pass_sizes.py) to which they are padded: further prompts are of no tokens, with the
 row of states that no request has, and one more with that row has all tokens behind the last. So every row of a pass is
-written: blocks of quantized sums reach from one into the next.
+written: blocks of quantized sums reach from one into the next. Passes that hide reductions (layers/overlap.py) are
+launched as they are.
 """
 
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ import torch
 
 from ..comm.autocast import allreduce_autocast
 from ..layers.model import SSMModel
+from ..layers.overlap import overlap_from
 from ..layers.pass_context import Counts, PassContext, Slots
 from .graphs import Graphs
 from .pass_sizes import PassSizes
@@ -30,14 +32,14 @@ class Passes:
 
     def __init__(self, model: SSMModel, table: SlotTable, sums: SmallSums, graphs: Graphs | None) -> None:
         self.model, self.table, self._sums, self._graphs = model, table, sums, graphs
-        self.sizes = PassSizes.of(model.decoder.layers)
+        self.sizes, self._overlaps = PassSizes.of(model.decoder.layers), overlap_from(model)
         self._padded: dict[tuple[int, int], _Padded] = {}
 
     def logits(self, parts: Sequence[tuple[int, Sequence[int]]], count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Read the tokens of each (slot, tokens): logits [count, vocab_size] behind the first `count` parts, which the
         next pass may overwrite, and all slots [parts]."""
         if self._graphs is not None:
-            size = self.sizes.holding(sum(len(tokens) for _, tokens in parts), len(parts))
+            size = self.size_of(parts)
             if size is not None:
                 return self.padded(parts, count, *size)
         device, lengths = self.table.device, tuple(len(tokens) for _, tokens in parts)
@@ -49,11 +51,15 @@ class Passes:
         last = to_device([end - 1 for end in ends[:count]], device)
         return self.model.logits_of_pass(tokens, context, last), slots
 
+    def size_of(self, parts: Sequence[tuple[int, Sequence[int]]]) -> tuple[int, int] | None:
+        """Tokens and prompts of the graph for these parts; None: there is none."""
+        tokens = sum(len(tokens) for _, tokens in parts)
+        overlaps = self._overlaps is not None and tokens >= self._overlaps
+        return None if overlaps else self.sizes.holding(tokens, len(parts))
+
     def warm_up(self, max_tokens: int) -> None:
-        """Make the graphs of passes up to `max_tokens`, and have kernels compiled for one of so many."""
-        if self._graphs is None:
-            return
-        for size in self.sizes.up_to(max_tokens):
+        """Make the graphs of passes up to `max_tokens`, if any, and have kernels compiled for one of so many."""
+        for size in self.sizes.up_to(max_tokens) if self._graphs is not None else ():
             self.padded([], 0, *size)
         nobody = self.table.slots
         self.logits([(nobody, [0] * max_tokens)], 1)

@@ -20,7 +20,7 @@ def told(requests: Sequence[Request]) -> dict[str, str]:
     """What a call asks for, by argument, in a few letters that ranks can compare."""
     arguments = {
         "prompts": [request.prompt for request in requests],
-        "sampling_params": [(vars(r.params), sorted(r.stop.end_ids), r.stop.words) for r in requests],
+        "sampling_params": [(sorted(vars(r.params).items()), sorted(r.stop.end_ids), r.stop.words) for r in requests],
         "states": [request.state and request.state.token_ids for request in requests],
         "return_states": [request.return_state for request in requests],
     }

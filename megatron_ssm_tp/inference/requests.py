@@ -161,8 +161,7 @@ def _read_more(params: SamplingParams, own_engine: bool) -> None:
     penalty = getattr(params, "repetition_penalty", 1.0)
     penalty = _number("repetition_penalty", penalty, 1e-3, 1e3, "a positive number; 1 is off")
     seed = getattr(params, "seed", None)
-    if seed is not None:
-        check_seed(seed)
+    seed = None if seed is None else check_seed(seed)
     for field, value, none in (("min_p", min_p, 0.0), ("repetition_penalty", penalty, 1.0), ("seed", seed, None)):
         if value != none and not own_engine:
             raise UserError(

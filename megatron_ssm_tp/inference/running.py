@@ -56,6 +56,7 @@ class Running:
     slot: int = -1
     read: int = 0
     keep_at: int = 0  # of its prompt: where its states are kept as a prefix's
+    made_by: str = ""  # what they depend on but the prompt, see prefix_cache.py
     launched: int = 0
     over: bool = False
     after_prompt: Snapshot | None = None  # of one whose end the device may not see

@@ -1,4 +1,5 @@
-"""How ranks' sums travel where passes are short: by what is asked for, or by kernels that do not wait for NCCL."""
+"""How ranks' sums travel in steps and in passes that are graphs: as is asked for, or by kernels that do not wait for
+NCCL."""
 
 import torch
 import torch.distributed as dist
@@ -12,7 +13,7 @@ from ..layers.row_parallel import RecipeRowParallelLinear
 
 
 class SmallSums:
-    """Recipes of the sums of a model's decoding steps and short passes. Made by all ranks together."""
+    """Recipes of the sums of a model's decoding steps and of passes that are graphs. Made by all ranks together."""
 
     def __init__(self, model: SSMModel, device: torch.device) -> None:
         self._group = model.pg_collection.tp
@@ -20,10 +21,22 @@ class SmallSums:
         self._unasked = _low_latency_book(model.config.params_dtype, self._group, device)
 
     def book(self) -> RecipeBook | None:
-        """As an allreduce_autocast or the model's recipes say now, or as suits short passes."""
-        own = next((linear.recipes for linear in self._linears if linear.recipes is not None), None)
-        asked = own is not None or is_decided(self._group)
-        return book_of(self._group, own) if asked else self._unasked
+        """As an allreduce_autocast or the model's recipes say now, or as suits such passes."""
+        own = self._own()
+        return book_of(self._group, own) if self._is_asked(own) else self._unasked
+
+    def asked(self) -> str:
+        """What an allreduce_autocast or the model's recipes say now, in letters: sums that differ in nothing else are
+        of the same states."""
+        own = self._own()
+        book = book_of(self._group, own)
+        return f"{self._is_asked(own)} {book.fingerprint() if book else ''}"
+
+    def _own(self) -> RecipeBook | None:
+        return next((linear.recipes for linear in self._linears if linear.recipes is not None), None)
+
+    def _is_asked(self, own: RecipeBook | None) -> bool:
+        return own is not None or is_decided(self._group)
 
 
 def _low_latency_book(dtype: torch.dtype, group: dist.ProcessGroup, device: torch.device) -> RecipeBook | None:

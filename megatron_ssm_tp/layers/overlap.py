@@ -23,6 +23,12 @@ def check_overlap(config: ModelConfig, way: object, tokens: object) -> None:
         raise UserError("tp_overlap", way, "the model has no x_proj", HALVES)
 
 
+def overlap_from(model: SSMModel) -> int | None:
+    """What `set_overlap` was given."""
+    behind = [module.z_behind_from for module in model.modules() if isinstance(module, Mamba1Mixer)]
+    return model.decoder.overlap_from or next(iter(behind), None)
+
+
 def set_overlap(model: SSMModel, way: str, tokens: int | None) -> None:
     """Have passes of `model` over so many tokens or more hide reductions; None: none does.
 

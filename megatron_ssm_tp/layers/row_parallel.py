@@ -129,7 +129,9 @@ def unreduced(linear: RecipeRowParallelLinear) -> Iterator[None]:
         linear.left_partial = False
 
 
-def set_recipes(model: nn.Module, recipes: AllReduceRecipe | RecipeBook | None, *, strict: bool = True) -> list[str]:
+def set_recipes(
+    model: nn.Module, recipes: AllReduceRecipe | RecipeBook | str | None, *, strict: bool = True
+) -> list[str]:
     """Have the row-parallel linears of `model`, any Megatron model, follow `recipes`; returns their sites, in order.
 
     Megatron's RowParallelLinears and TERowParallelLinears become RecipeRowParallelLinears and
@@ -142,7 +144,8 @@ def set_recipes(model: nn.Module, recipes: AllReduceRecipe | RecipeBook | None, 
 
     Args:
         model: a whole model, wrapped or not, or one stage or chunk of it.
-        recipes: one for all sites but x_proj's, or a book; None is Megatron's own all-reduce.
+        recipes: one for all sites but x_proj's, or a book; None and "none" are Megatron's own all-reduce, but for the
+            engine of this package None leaves the choice to it (inference/small_sums.py).
         strict: hold a book's matchers against the sites, see RecipeBook.check_sites. Of stages that differ give False,
             and check the sites of all of them, or some ranks raise what others do not.
 
