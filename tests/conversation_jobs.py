@@ -7,6 +7,7 @@ import jobs
 from engine_jobs import LIMITS
 
 from megatron_ssm_tp import Bursts, SamplingParams, UserError
+from megatron_ssm_tp.inference.prefix_cache import PrefixCache
 from megatron_ssm_tp.inference.stopping import StopCondition
 from megatron_ssm_tp.inference.tokenizer import NoTokenizer
 
@@ -44,6 +45,22 @@ def taken_up(path: Path, first: list, then: list, count: int, end_id: int, folde
     after = [output.token_ids for output in model.generate(then, later, states=states)]
     assert sorted(model.engine.free_slots) == [0, 1, 2]
     return [output.token_ids for _, output in outputs], after, [state.token_ids for state in states]
+
+
+def beside_prefixes(path: Path, first: list[int], then: list[int]) -> tuple[list[int], list[list[int]], int]:
+    """The answer to `first`; those to `then` after it by state and to a prompt alike but new, where prefixes of both
+    are kept; and hits."""
+    model = jobs.llm(path, prefix_bytes=1 << 20, **LIMITS)
+    model.engine.prefixes = PrefixCache(1 << 20)
+    params = SamplingParams(temperature=0, num_tokens_to_generate=8, termination_id=-1)
+    [output] = model.generate([first], params, return_states=True)
+    # What is read after a state begins with the last token before it.
+    alike = [output.token_ids[-1], *then]
+    for prefix in (then[:-1], alike[:-1]):
+        model.cache_prefix(prefix)
+    before = model.prefix_counts().hits
+    found = model.generate([then, alike], params, states=[output.state, None])
+    return output.token_ids, [one.token_ids for one in found], model.prefix_counts().hits - before
 
 
 def errors(path: Path, other: Path, hybrid: Path, folder: Path) -> list[str]:

@@ -10,7 +10,7 @@ import jobs
 import torch
 from megatron.core.inference.sampling_params import SamplingParams
 
-from megatron_ssm_tp import Bf16, Int8BlockScaling, RecipeBook, UserError, allreduce_autocast
+from megatron_ssm_tp import Bf16, Int4BlockScaling, Int8BlockScaling, RecipeBook, UserError, allreduce_autocast
 from megatron_ssm_tp.comm import backends, mappings
 from megatron_ssm_tp.inference.engine import SlotEngine
 from megatron_ssm_tp.inference.passes import Passes
@@ -19,6 +19,7 @@ from megatron_ssm_tp.inference.requests import Limits, Progress, Request, read_p
 from megatron_ssm_tp.inference.running import Bursts
 from megatron_ssm_tp.inference.sampling import RowParams
 from megatron_ssm_tp.inference.small_sums import SmallSums
+from megatron_ssm_tp.layers.overlap import set_overlap
 from megatron_ssm_tp.layers.row_parallel import set_recipes
 
 LIMITS = {"max_requests": 3, "max_tokens": 32, "max_sequence_length": 512}
@@ -95,13 +96,15 @@ def sampled(
     return [found[index] for index in range(len(prompts))]
 
 
-def abandoned(path: Path, bursts: dict) -> list[int]:
-    """Slots that are free when a run is left after its first answer, all of its steps being under way."""
+def abandoned(path: Path, bursts: dict) -> tuple[list[int], int, int]:
+    """Slots that are free when a run is left after its first answer, all of its steps being under way; and how many
+    passes and bursts are under way before and after."""
     engine = jobs.llm(path, bursts=Bursts(**bursts), **LIMITS).engine
     next(run := engine.run([request_of([1, 2], 6), request_of([3], 6)]))
+    under_way = len(engine._in_flight)
     run.close()
     assert not engine.has_unfinished
-    return sorted(engine.free_slots)
+    return sorted(engine.free_slots), under_way, len(engine._in_flight)
 
 
 def cancelled_late(path: Path, bursts: dict) -> tuple[bool, bool, list[int]]:
@@ -116,9 +119,9 @@ def cancelled_late(path: Path, bursts: dict) -> tuple[bool, bool, list[int]]:
     return *said, found
 
 
-def disagreement(path: Path, rank: int) -> str:
+def disagreement(path: Path, rank: int, bursts: dict) -> str:
     """One rank's seeds are others: what every rank raises, and whether the engine answers again after it."""
-    engine, here = jobs.llm(path, **LIMITS).engine, jobs.groups().tp.rank()
+    engine, here = jobs.llm(path, bursts=Bursts(**bursts), **LIMITS).engine, jobs.groups().tp.rank()
     at = RowParams.at
 
     def other(self: RowParams, rows: torch.Tensor) -> RowParams:
@@ -131,10 +134,55 @@ def disagreement(path: Path, rank: int) -> str:
         with mock.patch.object(RowParams, "at", other):
             engine.generate(requests)
     except RuntimeError as error:
-        assert sorted(engine.free_slots) == [0, 1, 2]
+        assert sorted(engine.free_slots) == [0, 1, 2] and not engine._in_flight
         again = engine.generate([request_of([1, 2, 3], 4)])
         return f"{error}; then {len(again[0].token_ids)} tokens"
     return "no error"
+
+
+def emitted_by(path: Path, ranks: list[list[list[int]]]) -> str:
+    """What a rank says of tokens [steps, rows], where each rank emits its own."""
+    decoder = jobs.llm(path).engine.decoder
+    try:
+        decoder.emitted(torch.tensor(ranks[jobs.groups().tp.rank()]), None).wait()
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+def launched(path: Path, bursts: dict) -> tuple[set[int], set[int], int]:
+    """Steps of bursts while a long prompt is read beside them, and of all others; the most that a step leaves under
+    way."""
+    engine = jobs.llm(path, bursts=Bursts(**bursts), **LIMITS).engine
+    beside, alone, under_way, burst = set(), set(), 0, engine.decoder.burst
+
+    def noting(slots, steps, needs):
+        (beside if engine._reading else alone).add(steps)
+        return burst(slots, steps, needs)
+
+    with engine.alone(), mock.patch.object(engine.decoder, "burst", noting):
+        engine.add(0, request_of([1, 2], 60))
+        engine.add(1, request_of([3] * 300, 2))
+        while engine.has_unfinished:
+            engine.step()
+            under_way = max(under_way, len(engine._in_flight))
+        engine.reset()
+    return beside, alone, under_way
+
+
+def penalized(path: Path, prompts: list[list[int]], count: int, penalty: float) -> tuple[list, list]:
+    """Greedy answers under a repetition penalty: asked for at once, and in halves, the second by the first's states."""
+    model, nothing = jobs.llm(path, **LIMITS), [[] for _ in prompts]
+
+    def params(count: int) -> SamplingParams:
+        found = SamplingParams(temperature=0, num_tokens_to_generate=count, termination_id=-1)
+        found.add_attributes({"repetition_penalty": penalty})
+        return found
+
+    whole = [output.token_ids for output in model.generate(prompts, params(count))]
+    first = model.generate(prompts, params(count // 2), return_states=True)
+    second = model.generate(nothing, params(count - count // 2), states=[output.state for output in first])
+    return whole, [one.token_ids + other.token_ids for one, other in zip(first, second, strict=True)]
 
 
 def legal_bursts() -> Iterator[str]:
@@ -158,6 +206,28 @@ def with_prefixes(path: Path, rounds: list[list[list[int]]], given: list[int] | 
         found.append([output.token_ids for output in model.generate(prompts, params)])
         counts.append((model.prefix_counts().hits, model.prefix_counts().tokens))
     return found, counts, model.engine.prefixes.nbytes // plain, len(model.engine.prefixes)
+
+
+def prefixes_by_recipe(path: Path, prompt: list[int]) -> tuple:
+    """Log-probabilities of an answer without kept prefixes, then with one that was read under int4, and under int4;
+    and hits after each."""
+    model = jobs.llm(path, prefix_bytes=1 << 20, **LIMITS)
+    params = SamplingParams(temperature=0, num_tokens_to_generate=6, termination_id=-1, return_log_probs=True)
+    found, hits = [], []
+
+    def ask() -> None:
+        found.append(model.generate([[*prompt, 1]], params)[0].logprobs)
+        hits.append(model.prefix_counts().hits)
+
+    model.engine.prefixes = PrefixCache(1 << 20)
+    ask()
+    model.engine.prefixes = PrefixCache(1 << 20)
+    with allreduce_autocast(recipe=Int4BlockScaling(block_size=16)):
+        model.cache_prefix(prompt)
+    ask()
+    with allreduce_autocast(recipe=Int4BlockScaling(block_size=16)):
+        ask()
+    return found, hits
 
 
 def no_prefixes(path: Path, engine: str) -> str:
@@ -193,6 +263,17 @@ def recipes_of_decoding(path: Path, asked: str) -> list[str]:
     finally:
         set_recipes(model.model, None)
     return sorted(set(seen))
+
+
+def sizes_of_passes(path: Path, way: str, overlap_from: int | None, lengths: list[int]) -> list[tuple[int, int] | None]:
+    """Of the graphs for passes over one prompt of each length, where passes may hide reductions."""
+    engine = jobs.llm(path, **LIMITS).engine
+    set_overlap(engine.model, way, overlap_from)
+    try:
+        passes = Passes(engine.model, engine.table, engine.sums, None)
+        return [passes.size_of([(0, [1] * length)]) for length in lengths]
+    finally:
+        set_overlap(engine.model, way, None)
 
 
 def error_of_prefixes(path: Path) -> str:

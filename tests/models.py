@@ -147,12 +147,13 @@ class TinyModel:
     path: Path
     hf: torch.nn.Module
 
-    def greedy(self, prompt: list[int], count: int, use_cache: bool = True) -> list[int]:
+    def greedy(self, prompt: list[int], count: int, use_cache: bool = True, **more: float) -> list[int]:
+        """`more`: for Hugging Face's generate."""
         ids = torch.tensor([prompt])
         # Without a mask of ones HF takes prompt tokens that equal pad_token_id for padding.
         mask = torch.ones_like(ids)
         with torch.no_grad():
-            options = {"max_new_tokens": count, "do_sample": False, "use_cache": use_cache}
+            options = {"max_new_tokens": count, "do_sample": False, "use_cache": use_cache, **more}
             out = self.hf.generate(ids, attention_mask=mask, **options)
         return out[0, len(prompt) :].tolist()
 

@@ -29,6 +29,15 @@ def test_an_answer_after_a_state_is_that_after_all_that_came_before(world, tiny,
         assert after == [model.greedy(before + then, 8) for before, then in zip(whole, THEN, strict=True)]
 
 
+@TP
+@pytest.mark.parametrize("family", ["falcon_mamba", "mamba2"])
+def test_what_is_read_after_a_state_is_no_prefix(world, tiny, family, tp):
+    model, then = tiny(family, tied=False), [5, 6, 7]  # tied, it would repeat what it read last
+    for answer, (after, alone), hits in world(tp).run(jobs.beside_prefixes, model.path, FIRST[0], then):
+        assert after == model.greedy(FIRST[0] + answer + then, 8)
+        assert after != alone == model.greedy([answer[-1], *then], 8) and hits == 1
+
+
 def test_errors_are_one_line(world, tiny, tmp_path):
     given = tiny("falcon_mamba").path, tiny("mamba2").path, tiny("zamba2").path, tmp_path
     [found] = world(1).run(jobs.errors, *given)

@@ -77,15 +77,45 @@ def test_requests_without_a_seed_differ_and_a_runs_seed_repeats_them(world, tiny
     assert first == again != later and first[0] != first[1]
 
 
+@TP
+@pytest.mark.parametrize("penalty", [1.3, 0.8])
+@pytest.mark.parametrize("family", ["mamba", "mamba2"])
+def test_penalized_answers_are_hugging_faces_at_once_and_in_halves(world, tiny, family, penalty, tp):
+    # Tied embeddings would have these repeat one token, whatever is penalized.
+    model, prompts = tiny(family, tied=False), prompts_of((40, 3, 90, 12))
+    expected = [model.greedy(prompt, 24, repetition_penalty=penalty) for prompt in prompts]
+    for found in world(tp).run(jobs.penalized, model.path, prompts, 24, penalty):
+        assert found == (expected, expected)
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 3])
+def test_bursts_are_short_while_prompts_are_read_and_only_so_many_are_under_way(world, tiny, ahead):
+    bursts = {"longest": 7, "while_reading": 2, "ahead": ahead}
+    [(beside, alone, under_way)] = world(1).run(jobs.launched, tiny("mamba").path, bursts)
+    assert beside == {2} and max(alone) == 7 and under_way == ahead
+
+
 @pytest.mark.parametrize("rank", [0, 1])
-def test_ranks_that_choose_different_tokens_are_found_out(world, tiny, rank):
-    for message in world(2).run(jobs.disagreement, tiny("mamba").path, rank):
+@pytest.mark.parametrize("bursts", [EVERY_TOKEN, {"longest": 2, "ahead": 3}], ids=str)
+def test_ranks_that_choose_different_tokens_are_found_out(world, tiny, bursts, rank):
+    for message in world(2).run(jobs.disagreement, tiny("mamba").path, rank, bursts):
         assert message.startswith("the ranks have chosen different tokens") and message.endswith("then 4 tokens")
+
+
+@pytest.mark.parametrize(
+    "other", [[[5, 3], [7, 9]], [[7, 9], [3, 5]], [[3, 7], [5, 9]], [[4, 4], [7, 9]], [[3, 5], [7, -1]]], ids=str
+)
+def test_the_same_tokens_in_other_places_are_different_tokens(world, tiny, other):
+    path, tokens = tiny("mamba").path, [[3, 5], [7, 9]]
+    assert world(2).run(jobs.emitted_by, path, [tokens, tokens]) == ["no error"] * 2
+    for message in world(2).run(jobs.emitted_by, path, [tokens, other]):
+        assert message.startswith("the ranks have chosen different tokens")
 
 
 def test_what_is_under_way_can_be_left_and_cancelled(world, tiny):
     path, bursts = tiny("mamba").path, {"longest": 8, "ahead": 3}
-    assert world(1).run(jobs.abandoned, path, bursts) == [[0, 1, 2]]
+    assert world(1).run(jobs.abandoned, path, bursts) == [([0, 1, 2], 1, 0)]
+    assert world(1).run(jobs.abandoned, path, EVERY_TOKEN) == [([0, 1, 2], 0, 0)]
     assert world(1).run(jobs.cancelled_late, path, bursts) == [(True, False, [])]
 
 

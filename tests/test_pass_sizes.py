@@ -1,5 +1,6 @@
 """Sizes of passes that are CUDA graphs."""
 
+import engine_jobs as jobs
 import pytest
 import torch
 from torch import nn
@@ -41,3 +42,10 @@ def test_graphs_end_where_the_device_takes_longer_than_the_host(tp, longest):
     sizes = PassSizes.of(layers)
     assert max(tokens for tokens, _ in sizes.all) == longest
     assert PassSizes.of(nn.ModuleList()).all == PassSizes(1024).all
+
+
+@pytest.mark.parametrize("way", ["halves", "x_proj"])
+def test_passes_that_hide_reductions_have_no_size(world, tiny, way):
+    path, size = tiny("mamba").path, (32, 1)
+    assert world(2).run(jobs.sizes_of_passes, path, way, 20, [19, 20]) == [[size, None]] * 2
+    assert world(2).run(jobs.sizes_of_passes, path, way, None, [19, 20]) == [[size, size]] * 2

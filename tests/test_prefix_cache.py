@@ -47,6 +47,16 @@ def test_the_least_recently_used_go():
     assert len(small) == 0 and small.nbytes == 0
 
 
+def test_states_of_other_sums_are_other_states():
+    cache, prompt = PrefixCache(1 << 20), [1] * (2 * GRANULE)
+    for number, made_by in enumerate(("a", "b")):
+        cache.keep(prompt, snapshot_of(number), made_by)
+    assert [cache.find([*prompt, 1], made_by)[0] for made_by in ("a", "b", "c", "")] == [len(prompt)] * 2 + [0, 0]
+    assert [cache.find([*prompt, 1], made_by)[1].conv[0] for made_by in ("a", "b")] == [0, 1]
+    partings = [cache.parting(prompt, 0, made_by) for made_by in ("a", "b", "a")]
+    assert partings == [0, 0, GRANULE]
+
+
 def test_prompts_part_where_they_differ(monkeypatch):
     cache, common = PrefixCache(1), list(range(3 * GRANULE))
     assert cache.parting([*common, 1, 2], 0) == 0
@@ -72,6 +82,11 @@ def test_answers_are_those_without(world, tiny, family, tp):
         assert counts == [(0, 0), (0, 0), (1, 128), (2, 256)] and bytes_kept == kept == 2
     for found, counts, *_ in world(tp).run(jobs.with_prefixes, model.path, rounds[:1], system, 1):
         assert found == expected[:1] and counts == [(1, 150)]
+
+
+def test_a_prefix_read_under_one_recipe_is_none_under_another(world, tiny):
+    for (plain, after, quantized), hits in world(2).run(jobs.prefixes_by_recipe, tiny("mamba").path, [7, 8] * 40):
+        assert after == plain != quantized and hits == [0, 0, 1]
 
 
 def test_errors(world, tiny):
