@@ -36,6 +36,10 @@ def __getattr__(name: str) -> Any:
         return getattr(import_module(_LAZY[name]), name)
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})
+
+
 @contextmanager
 def quiet_imports() -> Iterator[None]:
     """Megatron's imports warn of Apex and Transformer Engine, torch's of a missing CUDA; none of it is needed."""

@@ -193,7 +193,9 @@ def backends_checked(book: RecipeBook) -> None:
 
 def error_of_loading(path: Path, book: RecipeBook | AllReduceRecipe) -> str:
     """That of LLM.from_pretrained, which reads no weights before it."""
-    with mock.patch("megatron_ssm_tp.inference.llm.load_parameters", side_effect=AssertionError("weights are read")):
+    with mock.patch(
+        "megatron_ssm_tp.inference.loading.load_parameters", side_effect=AssertionError("weights are read")
+    ):
         try:
             LLM.from_pretrained(path, tp_allreduce=book)
         except UserError as error:

@@ -1,6 +1,7 @@
 """What ranks are asked about the benchmark tool's load, soak and prefixes."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -56,7 +57,13 @@ def soaked(arguments: list[str], report: Path, defect: str) -> tuple[dict, str |
     def refusing(params, prompt_length, limits, own_engine):
         raise UserError("temperature", 0, "is refused", "nothing")
 
+    def confusing(engine, running):
+        return replace(after(engine, running), token_ids=[1])
+
+    after = SlotEngine._state_after
     defects = {
+        "states": mock.patch.object(SlotEngine, "_state_after", confusing),
+        "no request came": mock.patch.object(serve_load.Load, "arrivals", lambda *_: iter(())),
         "stalled": mock.patch.object(SlotEngine, "add", starving),
         "taken": mock.patch.object(requests, "_number", taking),
         "turned away": mock.patch.object(prompts, "read_params", refusing),
@@ -85,7 +92,7 @@ def counted(arguments: list[str], report: Path) -> tuple[int, int, int, list[str
 
 def forgetful(arguments: list[str], report: Path) -> tuple[dict, str | None]:
     """Of prefixes that are never found."""
-    with mock.patch.object(PrefixCache, "find", lambda cache, prompt: (0, None)):
+    with mock.patch.object(PrefixCache, "find", lambda cache, *_: (0, None)):
         return ran("prefix", arguments, report)
 
 
@@ -93,8 +100,8 @@ def corrupted(arguments: list[str], report: Path) -> tuple[dict, str | None]:
     """Of prefixes whose kept states are others."""
     keep = PrefixCache.keep
 
-    def keeping(cache, prefix, snapshot):
-        keep(cache, prefix, Snapshot(snapshot.conv + 9, snapshot.ssm - 9))
+    def keeping(cache, prefix, snapshot, made_by):
+        keep(cache, prefix, Snapshot(snapshot.conv + 9, snapshot.ssm - 9), made_by)
 
     with mock.patch.object(PrefixCache, "keep", keeping):
         return ran("prefix", arguments, report)

@@ -37,7 +37,7 @@ def test_a_pass_is_the_models(world, raw, layers, passes):
 
 
 def test_cells_of_two_ranks(world):
-    arguments = ["--shapes", "1x9", "2x4", "--recipes", "none", "int8", "--layers", "2", "--parts"]
+    arguments = ["--shapes", "1x9", "2x4", "--recipes", "auto", "int8", "--layers", "2", "--parts"]
     cells, notes = world(2).run(jobs.benched, jobs.FALCON, arguments)[0]
     assert [(cell.batch, cell.length, cell.way) for cell in cells] == [
         (batch, length, way)
@@ -61,7 +61,7 @@ def test_cells_of_two_ranks(world):
 
 
 def test_passes_of_our_engine_are_timed_beside_megatrons(world):
-    arguments = ["--shapes", "2x9", "--passes", "whole", "engine", "--recipes", "none", "int8", "--layers", "2"]
+    arguments = ["--shapes", "2x9", "--passes", "whole", "engine", "--recipes", "auto", "int8", "--layers", "2"]
     cells, _ = world(2).run(jobs.benched, jobs.FALCON, arguments)[0]
     ways = ["megatron_ssm_tp" + more for more in ("", ", engine", ", int8", ", int8, engine")]
     assert [cell.way for cell in cells] == ways and all(cell.ms > cell.layer_ms > 0 for cell in cells)
@@ -70,14 +70,14 @@ def test_passes_of_our_engine_are_timed_beside_megatrons(world):
 @pytest.mark.parametrize("passes", ["halves", "x_proj"])
 def test_parts_of_passes_that_hide_sums(world, passes):
     """Products whose sums are made elsewhere are parts all the same."""
-    arguments = ["--shapes", "2x40", "--passes", "whole", passes, "--recipes", "none", "--parts"]
+    arguments = ["--shapes", "2x40", "--passes", "whole", passes, "--recipes", "auto", "--parts"]
     whole, hiding = world(2).run(jobs.benched, jobs.FALCON, arguments)[0][0]
     assert hiding.way == f"megatron_ssm_tp, {passes}" and whole.parts.keys() == hiding.parts.keys()
     assert all(hiding.parts[part] > 0.1 * whole.parts[part] for part in ("in_proj", "x_proj", "out_proj", "reductions"))
 
 
 def test_a_norm_whose_sums_ride_is_a_part_and_its_product_another(world):
-    cells, _ = world(2).run(jobs.benched, jobs.MAMBA2, ["--shapes", "1x9", "--recipes", "none", "--parts"])[0]
+    cells, _ = world(2).run(jobs.benched, jobs.MAMBA2, ["--shapes", "1x9", "--recipes", "auto", "--parts"])[0]
     assert {"gated norm", "out_proj", "reductions"} < cells[0].parts.keys()
 
 
@@ -272,10 +272,11 @@ def test_the_plot(tmp_path):
 def test_steps_of_decoding(world):
     """Of one rank and of two: a cell a batch and a reduction, and what could not be measured."""
     arguments = ["--batches", "1", "3", "--dtype", "float32", "--ssm-dtypes", "float32", "bfloat16"]
-    for ranks, recipes in ((1, ["none"]), (2, ["none", "int8"])):
+    for ranks, recipes in ((1, ["auto"]), (2, ["auto", "int8"])):
         cells = world(ranks).run(jobs.steps, jobs.FALCON, [*arguments, "--recipes", *recipes])[0]
         assert [cell.batch for cell in cells] == [1, 3] * (2 * len(recipes))
         assert all(cell.seconds > cell.floor > 0 and 0 < cell.host <= cell.seconds and not cell.note for cell in cells)
+        assert all(cell.device is None for cell in cells)  # a CPU is its own host
         words = [cell.way.split(", ")[1:] for cell in cells[::2]]
         shown = [
             [f"{dtype} states", *more] for more in ([], ["int8"])[: len(recipes)] for dtype in ("float32", "bfloat16")

@@ -46,7 +46,8 @@ PROMPT = [1, 2, 3]
             {"num_tokens_total": 9, "num_tokens_to_generate": 2},
             "num_tokens_total=9: cannot go with num_tokens_to_generate",
         ),
-        ([PROMPT], {"temperature": -1}, "temperature=-1: is out of range; legal: 0 (greedy) or a positive number"),
+        ([PROMPT], {"temperature": -1}, "temperature=-1: is out of range; legal: 0 (greedy) to 1e+38"),
+        ([PROMPT], {"temperature": 1e39}, "temperature=1e+39: is out of range; legal: 0 (greedy) to 1e+38"),
         ([PROMPT], {"temperature": float("nan")}, "temperature=nan: is out of range"),
         ([PROMPT], {"top_k": 101}, "top_k=101: is out of range; legal: 0 (off) to 100"),
         ([PROMPT], {"top_p": 1.5}, "top_p=1.5: is out of range; legal: 0 (off) to 1"),
@@ -174,7 +175,7 @@ CALL = ("generate", ([PROMPT], TWO), {})
     ("other", "message"),
     [
         (("generate", ([[1, 2]], TWO), {}), "prompts='that of rank 1': differs from rank 0's; legal: the same on all"),
-        (("generate", ([PROMPT], TWO | {"top_k": 3}), {}), "sampling_params='that of rank 1': differs"),
+        (("generate", ([PROMPT], TWO | {"top_k": 3}), {}), "sampling_params.top_k='that of rank 1': differs"),
         (("generate", ([PROMPT], TWO), {"seed": 3}), "seed='that of rank 1': differs"),
         (("generate", ([PROMPT], TWO), {"return_states": True}), "return_states='that of rank 1': differs"),
         (("logits", (PROMPT,), {}), "call='that of rank 1': differs from rank 0's"),

@@ -237,7 +237,7 @@ def test_a_backend_that_cannot_reduce_is_refused_at_load(world, tiny, tmp_path):
     ):
         line = f"{field}='symmetric': needs GPUs; legal: auto, collective"
         if field is None:
-            legal = "an AllReduceRecipe such as Int8BlockScaling(), a RecipeBook, None"
+            legal = 'an AllReduceRecipe such as Int8BlockScaling(), a RecipeBook, "none", None'
             line = f"tp_allreduce='int8': no recipe; legal: {legal}"
         assert world(2).run(quantized_jobs.error_of_loading, path, recipes) == 2 * [line]
     unused = {"configs": config["configs"], "matchers": {"all": matcher | {"config": "int8"}}}

@@ -20,7 +20,7 @@ def test_whole_requests(world, tmp_path):
     arguments = ["--shapes", "1x20", "2x9", "--new-tokens", "5", "--max-tokens", "16"]
     for ranks, more in ((1, []), (2, ["--recipes", "none", "int8"])):
         report, error = world(ranks).run(serve_jobs.ran, "requests", [*arguments, *more], tmp_path / "x.json")[0]
-        expected = [(recipe, *shape) for recipe in more[1:] or ["none"] for shape in ((1, 20), (2, 9))]
+        expected = [(recipe, *shape) for recipe in more[1:] or ["auto"] for shape in ((1, 20), (2, 9))]
         assert not error and [(c["recipe"], c["batch"], c["length"]) for c in report["cells"]] == expected
         assert all(cell["seconds"] > 0 for cell in report["cells"])
 
@@ -33,8 +33,7 @@ def config_in(folder: Path) -> Path:
 def scaling_args(folder: Path, *arguments: str):
     sizes = ["--lengths", "8", "16", "--prompts", "1", "--batches", "2", "--new-tokens", "3", "--dtype", "float32"]
     sizes += ["--seconds", "0.1"]
-    files = ["--json", str(folder / "x.json"), "--plot", str(folder / "x.png")]
-    return ["scaling", "--models", str(config_in(folder)), *sizes, *files, *arguments]
+    return ["scaling", "--models", str(config_in(folder)), *sizes, "--json", str(folder / "x.json"), *arguments]
 
 
 def test_the_command_starts_what_measures(tmp_path):
@@ -56,7 +55,7 @@ def test_ranks_recipes_and_replicas_are_put_together(tmp_path, monkeypatch, caps
 
     def start(command, options, ranks, report, gpu=None):
         cells = []
-        for way, speed in (("none", 16), ("int8", 18)) if ranks > 1 else (("none", 10),):
+        for way, speed in (("auto", 16), ("int8", 18)) if ranks > 1 else (("auto", 10),):
             for batch, length in [(2, 1)] if command == "decode" else [(1, 8), (1, 16)]:
                 count = batch * length if command == "prefill" else batch
                 cells.append({"model": "m", "recipe": way, "batch": batch, "length": length, "seconds": count / speed})
@@ -66,15 +65,17 @@ def test_ranks_recipes_and_replicas_are_put_together(tmp_path, monkeypatch, caps
         return subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True)
 
     monkeypatch.setattr(scaling_bench, "_start", start)
-    scaling_bench.run(jobs.bench.read_args(scaling_args(tmp_path, "--ranks", "1", "2")))
+    scaling_bench.run(
+        jobs.bench.read_args(scaling_args(tmp_path, "--ranks", "1", "2", "--plot", str(tmp_path / "x.png")))
+    )
     report = json.loads((tmp_path / "x.json").read_text())
     over = {(f["what"], f["shape"][1], f["ranks"], f["way"]): f["over_one_rank"] for f in report["found"]}
     for what, length in (("prefill", 8), ("prefill", 16), ("decode", 1)):
-        ways = [over[what, length, 2, way] for way in ("none", "int8", REPLICAS)]
+        ways = [over[what, length, 2, way] for way in ("auto", "int8", REPLICAS)]
         assert ways == pytest.approx([1.6, 1.8, 2.0])
     assert report["notes"] == ["requests on 2: ended with status 1: no room"]
-    assert ("requests", 8, 2, REPLICAS) in over and ("requests", 8, 2, "none") not in over
-    assert "| 1: none | 2: int8 | 2: none | 2: replicas |" in capsys.readouterr().out
+    assert ("requests", 8, 2, REPLICAS) in over and ("requests", 8, 2, "auto") not in over
+    assert "| 1: auto | 2: auto | 2: int8 | 2: replicas |" in capsys.readouterr().out
     assert (tmp_path / "x.png").stat().st_size > 1000
 
 
@@ -90,12 +91,22 @@ def test_parts_alone():
     assert decode[:2] == requests[:2] == ["--models", "mamba-2.8b"]
 
 
+def test_what_is_left_out_is_said():
+    asked = ["scaling", "--models", "zamba2-7b", "mamba-2.8b", "--lengths", "2048", "16384"]
+    assert scaling_bench._left_out(jobs.bench.read_args(asked)) == [
+        "decode: not of zamba2-7b, whose engine is Megatron's",
+        "requests: not of zamba2-7b, whose engine is Megatron's",
+        "requests: not of 16384 tokens, but of 8192 at most",
+    ]
+    assert scaling_bench._left_out(jobs.bench.read_args([*asked, "--what", "prefill"])) == []
+
+
 def test_ratios_and_longest_prompts():
-    found = [Found("m", "prefill", (1, n), 1, "none", 1000.0, peak) for n, peak in ((1000, 11.0), (2000, 12.0))]
-    found += [Found("m", "prefill", (1, 2000), 2, "int8", 1700.0, 7.0), Found("m", "decode", (1, 1), 2, "none", 9.0)]
+    found = [Found("m", "prefill", (1, n), 1, "auto", 1000.0, peak) for n, peak in ((1000, 11.0), (2000, 12.0))]
+    found += [Found("m", "prefill", (1, 2000), 2, "int8", 1700.0, 7.0), Found("m", "decode", (1, 1), 2, "auto", 9.0)]
     shown = scaling_bench.table(found)
-    assert "| m | prompt tokens | 1x2000 | 1000 | 1700 (1.70) | - |" in shown
-    assert "| m | tokens | 1x1 | - | - | 9.00 |" in shown
+    assert "| m | prompt tokens | 1x2000 | 1000 | - | 1700 (1.70) |" in shown
+    assert "| m | tokens | 1x1 | - | 9.00 | - |" in shown
     assert scaling_bench.longest_prompts(found) == {("m", 1): 30000}
 
 
@@ -106,7 +117,11 @@ def test_ratios_and_longest_prompts():
         (["--ranks", "0", "1"], "--ranks=0: is no number of ranks; legal: an integer from 1"),
         (["--ranks", "1", "3"], "--ranks=3"),
         (["--what", "prefil"], "--what='prefil': is nothing that is measured here; legal: prefill, decode, requests"),
-        (["--what", "decode", "--models", "zamba2-7b"], "--what=['decode']: is of models of SSM layers alone"),
+        (
+            ["--what", "decode", "--models", "zamba2-7b"],
+            "--what=['decode']: has nothing to measure: decode: not of zamba",
+        ),
+        (["--what", "decode", "--plot", "x.png"], "--plot='x.png': shows prefill over one rank's, which is not asked"),
         (["--lengths", "0"], "--lengths=0: is no number of tokens; legal: an integer from 1"),
     ],
 )

@@ -66,6 +66,8 @@ def test_a_soak_of_two_ranks_holds(world, tmp_path):
         ("stalled", "stalled, unanswered"),
         ("taken", "refusals"),
         ("turned away", "refusals"),
+        ("states", "states"),
+        ("no request came", "no request came"),
     ],
 )
 def test_a_soak_sees_what_does_not_hold(world, tmp_path, defect, found):
@@ -122,7 +124,13 @@ def test_answers_that_differ_after_a_prefix_fail_in_float32_alone(world, tmp_pat
         ("serve", ["--rates", "0"], "--rates=0.0: is out of range; legal: a positive number"),
         ("serve", ["--new-tokens", "9", "8"], "--new-tokens=8: is no number of tokens; legal: an integer from 9"),
         ("serve", ["--requests", "0"], "--requests=0: is no number of requests; legal: an integer from 1"),
-        ("serve", ["--recipes", "none", "none"], "--recipes=['none', 'none']: are not compared here; legal: none"),
+        ("serve", ["--recipes", "auto", "auto"], "--recipes=['auto', 'auto']: are not compared here; legal: auto"),
+        (
+            "serve",
+            ["--soak", "1", "--rates", "2", "3"],
+            "--rates=[2.0, 3.0]: is not of a soak, which has one rate and no picture; legal: one rate, no --plot",
+        ),
+        ("serve", ["--seed", "-1"], "--seed=-1: is out of range; legal: an integer from 0 to 2^63 - 1"),
         ("prefix", ["--suffix", "0"], "--suffix=0: is no number of tokens; legal: an integer from 1"),
     ],
 )

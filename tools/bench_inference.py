@@ -18,7 +18,7 @@ from measure import NO_MULTICAST, conditions, in_words
 
 from megatron_ssm_tp import quiet_imports
 from megatron_ssm_tp.cli.console import RUN_ERROR, Parser, guarded, is_speaker, quieted, say
-from megatron_ssm_tp.ranks import agree, lost_peers_reported
+from megatron_ssm_tp.ranks import agree, check_all_same, lost_peers_reported
 
 with quiet_imports():
     import decode_bench
@@ -65,6 +65,7 @@ def run(args: argparse.Namespace) -> None:
     device, groups = join(None)
     gc.freeze()  # what was imported is not collected through
     asked = agree(lambda: check(args, groups.tp.size()), dist.group.WORLD)
+    check_all_same({f"--{name}": str(value) for name, value in vars(args).items()}, dist.group.WORLD)
     found = conditions(device)
     say(in_words(found) + "\n")
     with lost_peers_reported():

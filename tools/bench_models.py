@@ -4,6 +4,7 @@ import gc
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -16,17 +17,22 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from torch import nn
 
 from megatron_ssm_tp.comm.recipe_book import RecipeBook
-from megatron_ssm_tp.comm.recipes import AllReduceRecipe, recipe_by_name
+from megatron_ssm_tp.comm.recipes import NONE, AllReduceRecipe, recipe_by_name
 from megatron_ssm_tp.compat.cpu import megatron_on_cpu
 from megatron_ssm_tp.config import Mamba1Config, ModelConfig
 from megatron_ssm_tp.inference.engine import SlotEngine
+from megatron_ssm_tp.inference.engines import build_engine
 from megatron_ssm_tp.inference.megatron_engine import megatron_inference
 from megatron_ssm_tp.inference.modes import inference_active
+from megatron_ssm_tp.inference.prompts import Reader
+from megatron_ssm_tp.inference.requests import Limits
 from megatron_ssm_tp.inference.slots import SlotTable
 from megatron_ssm_tp.inference.state import CacheLimits, inference_config
+from megatron_ssm_tp.inference.tokenizer import NoTokenizer
 from megatron_ssm_tp.layers.model import build_model
 
 SEED = 1
+AUTO = "auto"  # sums between ranks as the engine chooses
 
 
 class Pass(NamedTuple):
@@ -39,6 +45,15 @@ class Pass(NamedTuple):
 def draw_tokens(batch: int, length: int, vocab_size: int) -> torch.Tensor:
     """int64 [batch, length] on the CPU, the same at every call and on every rank."""
     return torch.randint(0, vocab_size, (batch, length), generator=torch.Generator().manual_seed(SEED))
+
+
+def reader(table: SlotTable, vocab_size: int, longest: int) -> Reader:
+    """What reads requests of token ids, as LLM's calls are read."""
+    return Reader(_no_words(vocab_size), Limits(vocab_size, longest), (), table)
+
+
+def _no_words(vocab_size: int) -> NoTokenizer:
+    return NoTokenizer(Path("weights at random"), vocab_size, -1)
 
 
 class Ours:
@@ -70,11 +85,10 @@ class Ours:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     def engine(self, slots: int, max_tokens: int) -> SlotEngine:
-        """Our engine around the model, which has SSM layers alone; states are float32."""
-        weight = self.model.embedding.word_embeddings.weight
-        sizes = (self.config, self.groups.tp.size(), slots)
-        table = SlotTable(*sizes, weight.device, self.model.config.params_dtype, torch.float32)
-        return SlotEngine(self.model, table, max_tokens)
+        """Our engine around the model, which has SSM layers alone; states are float32. Raises UserError: so many slots
+        do not fit."""
+        limits = CacheLimits(slots, max_tokens)
+        return build_engine("slots", self.model, self.config, _no_words(self.config.vocab_size), limits, None, 0)
 
     def prefill(self, batch: int, length: int) -> Pass:
         """A pass over `batch` prompts, packed, in the engine's own context and with its own wrapper around the model.
@@ -212,9 +226,12 @@ def rival_of(
         return None, f"cannot be imported ({error})"
 
 
-def recipes_of(name: str) -> AllReduceRecipe | RecipeBook | None:
-    """A recipe by its name, or those that a YAML file gives the sites. Raises UserError: there is none, or not so."""
-    return RecipeBook.from_yaml_file(name) if name.endswith((".yaml", ".yml")) else recipe_by_name(name)
+def recipes_of(name: str) -> AllReduceRecipe | RecipeBook | str | None:
+    """A recipe by its name, or those that a YAML file gives the sites; AUTO leaves it to the engine, "none" is
+    Megatron's all-reduce. Raises UserError: there is none, or not so."""
+    if name.endswith((".yaml", ".yml")):
+        return RecipeBook.from_yaml_file(name)
+    return None if name == AUTO else recipe_by_name(name) or NONE
 
 
 def differences(config: ModelConfig) -> list[str]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from bench_models import Ours, free_memory, recipes_of
+from bench_models import AUTO, Ours, free_memory, recipes_of
 from bench_shapes import MODELS, read_model
 from megatron.core.process_groups_config import ProcessGroupCollection
 from options import check_ranks
@@ -56,9 +56,10 @@ def add_common(parser: argparse.ArgumentParser, models: Sequence[str] = ("falcon
     parser.add_argument(
         "--recipes",
         nargs="+",
-        default=["none"],
+        default=[AUTO],
         metavar="RECIPE",
-        help=f"{', '.join(RECIPE_NAMES)}, or a YAML file (docs/recipes.md)",
+        help=f"of sums between ranks: {AUTO} (as the engine chooses), {', '.join(RECIPE_NAMES)}, or a YAML file "
+        "(docs/recipes.md)",
     )
     parser.add_argument("--json", metavar="FILE", help="write the numbers there as well")
 
@@ -69,8 +70,8 @@ def read_common(args: argparse.Namespace, ranks: int) -> Asked:
     for recipe in args.recipes:
         with renamed(lambda field: "--recipes" if field == "recipe" else field):
             recipes_of(recipe)
-        if recipe != "none" and ranks == 1:
-            raise UserError("--recipes", recipe, "one rank reduces nothing", "none, or torchrun --nproc-per-node 2")
+        if recipe != AUTO and ranks == 1:
+            raise UserError("--recipes", recipe, "one rank reduces nothing", f"{AUTO}, or torchrun --nproc-per-node 2")
     check_reports(args.json, getattr(args, "plot", None))
     models = {}
     for name, title in zip(args.models, titles(args.models), strict=True):

@@ -1,19 +1,23 @@
 """What bench_inference.py decode measures: a step of ours, in the engine's bursts, and of mamba-ssm's by its graph.
 
-A step takes each request's token and state to its next token, greedy; the host looks every BURST of them. Its floor is
-the time to read the weights once, and to read and write the states, at the speed of a large copy on the same device.
+A step takes each request's token and state to its next token, greedy; the host looks as often as the engine's does. Its
+floor is the time to read the weights once, and to read and write the states, at the speed of a large copy on the same
+device. The device is idle between steps for what a step takes longer than one of a long burst that was launched before
+the device began with it.
 """
 
 import argparse
 import sys
+from collections import deque
 from collections.abc import Callable
 from functools import partial
 from itertools import product
+from statistics import median
 from time import perf_counter
 from typing import NamedTuple
 
 import torch
-from bench_models import MambaSsm, Ours, draw_tokens, free_memory, recipes_of, rival_of
+from bench_models import AUTO, MambaSsm, Ours, draw_tokens, free_memory, recipes_of, rival_of
 from bench_options import Asked, Setting, add_common, check_counts, check_pure_ssm, read_dtype
 from inference_report import OURS, RIVAL
 from measure import largest, markdown, tried
@@ -23,15 +27,17 @@ from report_files import write_json
 
 from megatron_ssm_tp.cli.console import is_speaker, say
 from megatron_ssm_tp.config import DTYPES
-from megatron_ssm_tp.inference.decoder import Decoder
+from megatron_ssm_tp.inference.decoder import Decoder, Emitted
 from megatron_ssm_tp.inference.graphs import Graphs
 from megatron_ssm_tp.inference.modes import inference_active
+from megatron_ssm_tp.inference.running import Bursts
 from megatron_ssm_tp.inference.sampling import SamplingNeeds
 from megatron_ssm_tp.inference.slots import SlotTable
 from megatron_ssm_tp.inference.small_sums import SmallSums
 from megatron_ssm_tp.layers.row_parallel import set_recipes
 
-BURST, BURSTS = 32, 5
+STEPS, REPEATS = 32, 5  # of a measurement
+_SLEEP_CYCLES = 100_000_000  # of the device: longer than the host launches STEPS
 _UNENDING = 1 << 40  # tokens
 _PROMPT, _SHORT, _LONG = 16, 33, 161  # tokens: of mamba-ssm's prompt, and of two answers whose difference is timed
 
@@ -70,7 +76,7 @@ def run(setting: Setting) -> None:
 
 
 class DecodeCell(NamedTuple):
-    """Seconds of a step of `batch` requests, medians; `host`: of them those in which the host was busy."""
+    """Seconds of a step of `batch` requests, medians; `host` and `device`: of them those in which it was busy."""
 
     model: str
     way: str
@@ -78,40 +84,76 @@ class DecodeCell(NamedTuple):
     seconds: float | None = None
     host: float | None = None
     floor: float | None = None
+    device: float | None = None
     note: str = ""
 
 
-def decode_ours(
-    ours: Ours, batch: int, ssm_dtype: torch.dtype, graphs: bool, memory: float
-) -> tuple[float, float, float]:
-    """Seconds of a step, of the host's work for it, and of its floor: `memory` is in bytes a second."""
-    group, parameter = ours.groups.tp, next(ours.model.parameters())
-    sizes = (ours.config, group.size(), batch)
+class Step(NamedTuple):
+    """Seconds of a step: whole, of the host's work for it, of its floor, and of the device's work for it, if that can
+    be told apart."""
+
+    whole: float | None
+    host: float | None = None
+    floor: float | None = None
+    device: float | None = None
+
+
+def decode_ours(ours: Ours, batch: int, ssm_dtype: torch.dtype, graphs: bool, memory: float) -> Step:
+    """Medians, in the rhythm of the engine; `memory` is in bytes a second."""
+    group, device = ours.groups.tp, next(ours.model.parameters()).device
     dtypes = (ours.model.config.params_dtype, ssm_dtype)
-    table = SlotTable(*sizes, parameter.device, *dtypes)
+    table = SlotTable(ours.config, group.size(), batch, device, *dtypes)
     sampling = {"temperature": 0.0, "top_k": 0, "top_p": 0.0, "min_p": 0.0, "repetition_penalty": 1.0, "seed": 0}
     for slot in range(batch):
         table.begin(slot, [0], sampling, _UNENDING, [])
-    table.next_token[:batch] = draw_tokens(batch, 1, ours.config.vocab_size)[:, 0].to(parameter.device)
-    sums = SmallSums(ours.model, parameter.device)
-    decoder, found = Decoder(ours.model, table, BURST, sums, Graphs(parameter.device) if graphs else None), []
+    table.next_token[:batch] = draw_tokens(batch, 1, ours.config.vocab_size)[:, 0].to(device)
+    rhythm = Bursts.on(device)
+    made = Graphs(device) if graphs else None
+    decoder = Decoder(ours.model, table, max(STEPS, rhythm.longest), SmallSums(ours.model, device), made)
 
-    def burst() -> tuple[float, float]:
-        begin = perf_counter()
+    def burst(steps: int) -> Emitted:
         with inference_active(), torch.inference_mode():
-            emitted = decoder.burst(range(batch), BURST, SamplingNeeds())
-        launched = perf_counter()
-        emitted.wait()
-        return perf_counter() - begin, launched - begin
+            return decoder.burst(range(batch), steps, SamplingNeeds())
 
-    for repeat in range(2 + BURSTS):
-        seconds = burst()
-        if repeat >= 2:
-            found.append(seconds)
-    if not (table.ssm[:, :batch].isfinite().all() and table.counts[:batch].eq((2 + BURSTS) * BURST).all()):
+    for _ in range(2):
+        burst(STEPS).wait()
+    found = [_in_rhythm(burst, rhythm) for _ in range(REPEATS)]
+    whole, host = (largest(median(column), device) for column in zip(*found, strict=True))
+    busy = largest(_of_device(burst), device) if device.type == "cuda" and graphs else None
+    if not (table.ssm[:, :batch].isfinite().all() and (table.counts[:batch] == table.counts[0]).all()):
         raise ArithmeticError("states are not finite, or tokens are missing")
-    step, host = (largest(sorted(column)[BURSTS // 2] / BURST, parameter.device) for column in zip(*found, strict=True))
-    return step, host, floor_bytes(ours, table) / memory
+    return Step(whole, host, floor_bytes(ours, table) / memory, busy)
+
+
+def _in_rhythm(burst: Callable[[int], Emitted], rhythm: Bursts) -> tuple[float, float]:
+    """Seconds of a step, and of the host's work for it, where so many bursts are under way when one is looked at."""
+    under_way: deque[Emitted] = deque()
+    began, host = perf_counter(), 0.0
+    for _ in range(0, STEPS, rhythm.longest):
+        launched = perf_counter()
+        under_way.append(burst(rhythm.longest))
+        host += perf_counter() - launched
+        while len(under_way) > rhythm.ahead:
+            under_way.popleft().wait()
+    while under_way:
+        under_way.popleft().wait()
+    steps = -(-STEPS // rhythm.longest) * rhythm.longest
+    return (perf_counter() - began) / steps, host / steps
+
+
+def _of_device(burst: Callable[[int], Emitted]) -> float:
+    """Seconds of a step of one long burst, which the host has launched before the device begins with it."""
+    found = []
+    for _ in range(REPEATS):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(_SLEEP_CYCLES)
+        begin.record()
+        emitted = burst(STEPS)
+        end.record()
+        emitted.wait()
+        torch.cuda.synchronize()
+        found.append(begin.elapsed_time(end) * 1e-3 / STEPS)
+    return median(found)
 
 
 def floor_bytes(ours: Ours, table: SlotTable) -> int:
@@ -150,19 +192,22 @@ def _timed(run: Callable[[], object]) -> float:
 
 
 def decode_table(cells: list[DecodeCell]) -> str:
-    """Markdown, a row a way and batch; ratios to mamba-ssm's step of the same model and batch."""
+    """Markdown, a row a way and batch; ratios to mamba-ssm's step of the same model and batch. Of a CPU's steps, which
+    the host makes itself, times alone."""
     rows = []
     for cell in cells:
         if cell.seconds is None:
             continue
         rival = next((c.seconds for c in cells if (c.model, c.batch, c.way) == (cell.model, cell.batch, RIVAL)), None)
         values = [(cell.seconds * 1e3, ".3f"), (cell.batch / cell.seconds, ".0f")]
-        values += [(cell.floor / cell.seconds * 100 if cell.floor else None, ".0f")]
-        values += [(cell.host / cell.seconds * 100 if cell.host else None, ".1f")]
+        values += [(cell.floor / cell.seconds * 100 if cell.floor and cell.device else None, ".0f")]
+        values += [(cell.host / cell.seconds * 100 if cell.host and cell.device else None, ".1f")]
+        values += [(max(0.0, 1 - cell.device / cell.seconds) * 100 if cell.device else None, ".1f")]
         values += [(rival / cell.seconds if rival else None, ".2f")]
         shown = [format(value, form) if value is not None else "-" for value, form in values]
         rows.append([cell.model, cell.way, str(cell.batch), *shown])
-    header = ["model", "way", "batch", "ms a step", "tokens/s", "% of the floor", "host, % of a step", "times as fast"]
+    header = ["model", "way", "batch", "ms a step", "tokens/s", "% of the floor", "host, % of a step", "GPU idle, %"]
+    header.append("times as fast")
     return markdown(header, rows)
 
 
@@ -181,7 +226,7 @@ class DecodeBench:
         say(f"{self.name}: {layers} of {self.whole} layers, {ours.parameters_here / 1e9:.3g} B parameters a rank")
         for recipe, ssm_dtype, batch in product(self.args.recipes, self.ssm_dtypes, self.args.batches):
             set_recipes(ours.model, recipes_of(recipe))
-            words = [OURS, f"{str(ssm_dtype).removeprefix('torch.')} states", *([recipe] if recipe != "none" else [])]
+            words = [OURS, f"{str(ssm_dtype).removeprefix('torch.')} states", *([recipe] if recipe != AUTO else [])]
             graphs = self.device.type == "cuda" and not self.args.no_graphs
             measured = partial(decode_ours, ours, batch, ssm_dtype, graphs, self.memory)
             self._add(cells, ", ".join(words), batch, measured)
@@ -200,7 +245,7 @@ class DecodeBench:
                 continue
             steps = MegatronSteps(self.name, self.setting, self.args.batches, graphs)
             for batch in self.args.batches:
-                self._add(cells, way, batch, lambda batch=batch, steps=steps: (steps.seconds(batch), None, None))
+                self._add(cells, way, batch, lambda batch=batch, steps=steps: Step(steps.seconds(batch)))
             steps.close()
             del steps
             free_memory()
@@ -213,14 +258,13 @@ class DecodeBench:
             say(f"{RIVAL} is not measured: {missing}")
             return
         for batch in self.args.batches:
-            self._add(cells, RIVAL, batch, lambda batch=batch: (decode_theirs(theirs, batch), None, None))
+            self._add(cells, RIVAL, batch, lambda batch=batch: Step(decode_theirs(theirs, batch)))
 
-    def _add(self, cells: list[DecodeCell], way: str, batch: int, measure: Callable[[], tuple]) -> None:
-        """The cell of what `measure` returns: seconds, the host's, the floor's."""
+    def _add(self, cells: list[DecodeCell], way: str, batch: int, measure: Callable[[], Step]) -> None:
         found, note = tried(measure, self.device)
-        cells.append(DecodeCell(self.name, way, batch, *(found or (None, None, None)), note))
+        cells.append(DecodeCell(self.name, way, batch, *(found or Step(None)), note))
         if is_speaker():  # a run that ends early has shown what it had measured
-            said = note if found is None else f"{found[0] * 1e3:.3f} ms"
+            said = note if found is None else f"{found.whole * 1e3:.3f} ms"
             print(f"{self.name}, {way}, {batch}: {said}", file=sys.stderr, flush=True)
 
 

@@ -14,7 +14,7 @@ from itertools import product
 from math import inf
 
 import torch
-from bench_models import MambaSsm, Ours, Pass, differences, free_memory, recipes_of, rival_of
+from bench_models import AUTO, MambaSsm, Ours, Pass, differences, free_memory, recipes_of, rival_of
 from bench_options import Asked, Setting, add_common, check_pure_ssm
 from inference_report import OURS, RIVAL, Cell, report, with_ratios
 from layer_parts import OUTSIDE, seconds_by_part
@@ -112,7 +112,7 @@ class PrefillBench:
             set_recipes(ours.model, recipes_of(recipe))
             overlap, tokens = (passes, 2) if passes in (HALVES, X_PROJ) else (HALVES, None)
             set_overlap(ours.model, overlap, tokens)
-            chosen = [word for word in (recipe, passes) if word not in ("none", WHOLE)]
+            chosen = [word for word in (recipe, passes) if word not in (AUTO, WHOLE)]
             make = partial(ours.engine_pass if passes == ENGINE else ours.prefill, *shape)
             cell = self._timed(ours, make, blank._replace(way=", ".join([blank.way, *chosen])))
             if self.args.parts and cell.ms:

@@ -12,12 +12,11 @@ from statistics import median
 from time import perf_counter
 
 import torch
-from bench_models import Ours, draw_tokens
+from bench_models import AUTO, Ours, draw_tokens, reader
 from bench_options import Asked, Setting, add_common, check_counts, check_pure_ssm
 from measure import largest, markdown
 from megatron.core.inference.sampling_params import SamplingParams
 from report_files import write_json
-from serve_load import reader
 
 from megatron_ssm_tp.cli.console import is_speaker, say
 from megatron_ssm_tp.errors import UserError
@@ -40,8 +39,8 @@ def check(args: argparse.Namespace, asked: Asked) -> None:
     check_counts("--prefixes", args.prefixes, "tokens")
     check_counts("--suffix", [args.suffix], "tokens")
     check_counts("--max-tokens", [args.max_tokens], "tokens")
-    if args.recipes != ["none"]:
-        raise UserError("--recipes", args.recipes, "are not compared here", "none")
+    if args.recipes != [AUTO]:
+        raise UserError("--recipes", args.recipes, "are not compared here", AUTO)
 
 
 def run(setting: Setting) -> str | None:

@@ -9,13 +9,12 @@ from statistics import median
 from time import perf_counter
 
 import torch
-from bench_models import Ours, draw_tokens, free_memory, recipes_of
+from bench_models import Ours, draw_tokens, free_memory, reader, recipes_of
 from bench_options import Asked, Setting, add_common, check_counts, check_pure_ssm
 from measure import largest, markdown, tried
 from megatron.core.inference.sampling_params import SamplingParams
 from options import read_shape
 from report_files import write_json
-from serve_load import reader
 
 from megatron_ssm_tp.cli.console import is_speaker, say
 from megatron_ssm_tp.inference.requests import Request

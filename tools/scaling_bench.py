@@ -1,9 +1,11 @@
 """What bench_inference.py scaling measures: the same models on 1, 2 and 4 ranks of one machine, in one go.
 
 Run it as a plain process: it starts torchrun for each number of ranks, and measures prefill, decoding and whole
-requests there, with Megatron's 16-bit reduction and with recipes; then as many one-rank processes at once, each with a
-GPU of its own (data parallelism). Ratios are to one rank. What a number of ranks cannot do is left out and said.
-The longest prompt in 40 GB is where the line through the peaks of the two longest single prompts reaches it.
+requests there, the sums between ranks as the engine chooses (in bfloat16 on GPUs kernels of this package in steps and
+in passes that are graphs, Megatron's all-reduce in others) and by recipes; then as many one-rank processes at once,
+each with a GPU of its own (data parallelism). Ratios are to one rank. What is not measured is left out and said. The
+longest prompt in 40 GB is where the line through the peaks of the two longest single prompts reaches it; no such prompt
+is run.
 """
 
 import argparse
@@ -17,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from bench_models import AUTO
 from bench_options import add_common, check_counts, read_common
 from bench_shapes import MODELS
 from measure import NO_MULTICAST, conditions, in_words, markdown
@@ -30,6 +33,7 @@ TOOL = Path(__file__).parent / "bench_inference.py"
 BUDGET = 40e9  # bytes of a GPU, for the longest prompt
 REPLICAS = "replicas"
 WHAT = ("prefill", "decode", "requests")
+_LONGEST_REQUEST = 8192  # tokens of a prompt, of whole requests
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +46,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", metavar="FILE", help="speed-up of prefill by length, as a picture")
     parser.add_argument("--seconds", type=float, metavar="S", help="as of prefill, for each of its figures (3)")
     add_common(parser, models=tuple(MODELS))
-    parser.set_defaults(recipes=["none", "int8"])
+    parser.set_defaults(recipes=[AUTO, "int8"])
 
 
 def check(args: argparse.Namespace) -> None:
@@ -60,14 +64,16 @@ def check(args: argparse.Namespace) -> None:
         with renamed(lambda field: "--ranks" if field == "--nproc-per-node" else field):
             read_common(_on_one_rank(args) if ranks == 1 else args, ranks)
     if not _parts(args, 1):
-        raise UserError("--what", args.what, "is of models of SSM layers alone", f"{WHAT[0]}, or such --models")
+        raise UserError("--what", args.what, f"has nothing to measure: {'; '.join(_left_out(args))}", WHAT[0])
+    if args.plot and ("prefill" not in args.what or max(args.ranks) == 1):
+        raise UserError("--plot", args.plot, "shows prefill over one rank's, which is not asked for", "no --plot")
     gpus = torch.cuda.device_count()
     if gpus and max(args.ranks) > gpus:
         raise UserError("--ranks", max(args.ranks), "are more than this machine's GPUs", f"1 to {gpus}")
 
 
 def _on_one_rank(args: argparse.Namespace) -> argparse.Namespace:
-    return argparse.Namespace(**vars(args) | {"recipes": ["none"]})
+    return argparse.Namespace(**vars(args) | {"recipes": [AUTO]})
 
 
 @dataclass(frozen=True)
@@ -89,13 +95,16 @@ def run(args: argparse.Namespace) -> None:
     words = conditions(torch.device("cuda" if torch.cuda.is_available() else "cpu")) | {"gpus": _gpus()}
     say(in_words(words) + "\n")
     found: list[Found] = []
-    notes: list[str] = []
+    notes = _left_out(args)
     try:
         with tempfile.TemporaryDirectory() as folder:
             for ranks in sorted(args.ranks):
                 found += _measured(args, ranks, Path(folder), notes)
                 if ranks > 1:
                     found += _replicas(args, ranks, Path(folder), notes)
+    except KeyboardInterrupt:
+        notes.append("interrupted: what comes after these was not measured")
+        raise
     finally:
         if found:
             _report(args, words, found, notes)
@@ -115,11 +124,9 @@ def _parts(args: argparse.Namespace, ranks: int) -> list[tuple[str, list[str]]]:
 
 def _all_parts(args: argparse.Namespace, ranks: int) -> Iterator[tuple[str, list[str]]]:
     """Our engine is asked for what it can run."""
-    configs = [config for config, _ in read_common(_on_one_rank(args), 1).models.values()]
-    pure = [name for name, config in zip(args.models, configs, strict=True) if config.is_pure_ssm]
-    hybrids = [name for name in args.models if name not in pure]
+    pure, hybrids = _by_engine(args)
     common = ["--dtype", args.dtype, *(["--layers", str(args.layers)] if args.layers else [])]
-    common += ["--recipes", *(args.recipes if ranks > 1 else ["none"])]
+    common += ["--recipes", *(args.recipes if ranks > 1 else [AUTO])]
     shapes = [f"{prompts}x{length}" for prompts in args.prompts for length in args.lengths]
     seconds = ["--seconds", str(args.seconds)] if args.seconds else []
     prefill = ["--shapes", *shapes, *seconds, *common]
@@ -128,9 +135,29 @@ def _all_parts(args: argparse.Namespace, ranks: int) -> Iterator[tuple[str, list
     if pure:
         yield "prefill", ["--models", *pure, "--passes", ENGINE, *prefill]
         yield "decode", ["--models", *pure, "--batches", *map(str, args.batches), *common]
-        short = [f"{prompts}x{length}" for prompts in args.prompts for length in args.lengths if length <= 8192]
+        lengths = [length for length in args.lengths if length <= _LONGEST_REQUEST]
+        short = [f"{prompts}x{length}" for prompts in args.prompts for length in lengths]
         if short:
             yield "requests", ["--models", *pure, "--shapes", *short, "--new-tokens", str(args.new_tokens), *common]
+
+
+def _left_out(args: argparse.Namespace) -> list[str]:
+    """What is asked for and not measured by any subcommand."""
+    pure, hybrids = _by_engine(args)
+    found = []
+    for what in (what for what in args.what if what != "prefill"):
+        found += [f"{what}: not of {name}, whose engine is Megatron's" for name in hybrids]
+    long = [str(length) for length in args.lengths if length > _LONGEST_REQUEST]
+    if "requests" in args.what and pure and long:
+        found.append(f"requests: not of {', '.join(long)} tokens, but of {_LONGEST_REQUEST} at most")
+    return found
+
+
+def _by_engine(args: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """Names of the models that our engine runs, and of others."""
+    configs = [config for config, _ in read_common(_on_one_rank(args), 1).models.values()]
+    pure = [name for name, config in zip(args.models, configs, strict=True) if config.is_pure_ssm]
+    return pure, [name for name in args.models if name not in pure]
 
 
 def _start(command: str, options: list[str], ranks: int, report: Path, gpu: int | None = None) -> subprocess.Popen:
@@ -142,7 +169,10 @@ def _start(command: str, options: list[str], ranks: int, report: Path, gpu: int 
 
 def _ended(process: subprocess.Popen, what: str, notes: list[str]) -> bool:
     """Whether a part went well; else its last line is a note."""
-    errors = process.communicate()[1].strip().splitlines()
+    try:
+        errors = process.communicate()[1].strip().splitlines()
+    finally:
+        process.terminate()  # where the wait was interrupted; else it has ended
     if process.returncode:
         notes.append(f"{what}: ended with status {process.returncode}: {errors[-1] if errors else ''}")
     return process.returncode == 0
@@ -167,7 +197,11 @@ def _replicas(args: argparse.Namespace, ranks: int, folder: Path, notes: list[st
         reports = [folder / f"{part}-{ranks}-{index}.json" for index in range(ranks)]
         on_gpus = torch.cuda.is_available()
         started = [_start(command, options, 1, report, i if on_gpus else None) for i, report in enumerate(reports)]
-        ended = [_ended(process, f"{command} on {ranks} replicas", notes) for process in started]  # all of them
+        try:
+            ended = [_ended(process, f"{command} on {ranks} replicas", notes) for process in started]  # all of them
+        finally:
+            for process in started:
+                process.terminate()
         if not all(ended):
             continue
         for report in reports:
@@ -187,7 +221,7 @@ def _read(command: str, report: dict, ranks: int, notes: list[str]) -> Iterator[
         words = [word for word in words if word != ENGINE and not word.endswith(" states")]
         if words[0] != "megatron_ssm_tp":
             continue
-        way = cell.get("recipe") or (words[1] if len(words) > 1 else "none")
+        way = cell.get("recipe") or (words[1] if len(words) > 1 else AUTO)
         seconds = cell["ms"] * 1e-3 if cell.get("ms") else cell.get("seconds")
         if not seconds:
             notes.append(f"{command}, {cell['model']}, {shape[0]}x{shape[1]} on {ranks}, {way}: {cell['note']}")
@@ -232,7 +266,7 @@ def longest_prompts(found: list[Found]) -> dict[tuple[str, int], int]:
     """Tokens of a single prompt that fit into BUDGET, by model and ranks, where two peaks are known and differ."""
     longest = {}
     for model, ranks in dict.fromkeys((f.model, f.ranks) for f in found):
-        own = [f for f in found if (f.model, f.ranks, f.what, f.way) == (model, ranks, "prefill", "none")]
+        own = [f for f in found if (f.model, f.ranks, f.what, f.way) == (model, ranks, "prefill", AUTO)]
         peaks = sorted({f.shape[1]: f.peak_gb * 1e9 for f in own if f.shape[0] == 1 and f.peak_gb}.items())[-2:]
         if len(peaks) == 2 and peaks[1][1] > peaks[0][1]:
             (short, low), (long, high) = peaks
@@ -261,7 +295,7 @@ def _over(one: Found, found: list[Found]) -> float | None:
     return one.a_second / base if base else None
 
 
-def _plot(found: list[Found], path: str, title: str) -> None:
+def _plot(found: list[Found], path: str, words: str) -> None:
     """Prefill of single prompts: a panel a number of ranks, a line a model, the best of its ways but replicas."""
     import matplotlib
 
@@ -279,10 +313,14 @@ def _plot(found: list[Found], path: str, title: str) -> None:
                     best[one.shape[1]] = max(best.get(one.shape[1], 0.0), _over(one, found))
             axis.plot(sorted(best), [best[length] for length in sorted(best)], marker="o", label=model)
         axis.axhline(ranks, color="grey", linewidth=0.5)
-        axis.set(xlabel="tokens of a prompt", ylabel="times as fast as one rank", title=f"{ranks} ranks")
+        axis.set(
+            xlabel="tokens of a prompt",
+            ylabel="times as fast as one rank",
+            title=f"{ranks} ranks, the fastest way of each",
+        )
         lengths = sorted({f.shape[1] for f in found if f.what == "prefill"})
         axis.set_xscale("log", base=2)
         axis.set_xticks(lengths, map(str, lengths))
         axis.legend(fontsize=7)
-    figure.suptitle(title, fontsize=7, wrap=True)
+    figure.suptitle(words, fontsize=7, wrap=True)
     write_plot(figure, path)

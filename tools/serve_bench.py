@@ -3,8 +3,9 @@
 Requests come at the clock of rank 0, which tells the other ranks before every step what time it is. Times are what a
 caller sees: from a request's arrival to its first token, and from there on by token. Prompts' and answers' lengths are
 log-uniform. With --soak the load is one of all kinds: sampled in every way, cancelled at any time, over-long and
-malformed, and what must hold is checked after each third: every accepted request is answered or cancelled, those and
-only those that are wrong are refused, by the field that is wrong, nothing stalls, all slots are free, memory does not
+malformed, with prefixes kept and states handed out, and what must hold is checked after each third: every accepted
+request is answered or cancelled, those and only those that are wrong are refused, by the field that is wrong, states
+are of their conversations, nothing stalls, all slots are free, kept prefixes are within their bytes, memory does not
 grow after the first third. Where something does not hold the soak ends, and the status is 1. Prompts are cancelled
 while they are read only where they are longer than a pass (--max-tokens).
 """
@@ -19,17 +20,20 @@ from typing import NamedTuple
 import psutil
 import torch
 import torch.distributed as dist
-from bench_models import free_memory
+from bench_models import AUTO, free_memory, reader
 from bench_options import Asked, Setting, add_common, check_counts, check_pure_ssm
 from measure import in_words, markdown
 from report_files import write_json, write_plot
-from serve_load import Arrival, Load, reader
+from serve_load import Arrival, Load
 from serve_loop import Clock, Served, Serving
 
 from megatron_ssm_tp.cli.console import is_speaker, say
-from megatron_ssm_tp.errors import UserError
+from megatron_ssm_tp.errors import UserError, renamed
 from megatron_ssm_tp.inference.engine import SlotEngine
+from megatron_ssm_tp.inference.prefix_cache import PrefixCache
+from megatron_ssm_tp.inference.requests import check_seed
 
+KEPT = 8  # states after prefixes, of a soak
 GPU_GROWTH, HOST_GROWTH = 64 << 20, 256 << 20  # bytes that a soak may end with more than it had after a third
 
 
@@ -71,8 +75,13 @@ def check(args: argparse.Namespace, asked: Asked) -> None:
     check_counts("--requests", [args.requests] if args.requests is not None else [], "requests")
     check_counts("--max-requests", [args.max_requests], "slots")
     check_counts("--max-tokens", [args.max_tokens], "tokens")
-    if args.recipes != ["none"]:
-        raise UserError("--recipes", args.recipes, "are not compared here", "none")
+    with renamed("--{}".format):
+        check_seed(args.seed)
+    if args.soak and (args.plot or len(args.rates) > 1):
+        option, value = ("--plot", args.plot) if args.plot else ("--rates", args.rates)
+        raise UserError(option, value, "is not of a soak, which has one rate and no picture", "one rate, no --plot")
+    if args.recipes != [AUTO]:
+        raise UserError("--recipes", args.recipes, "are not compared here", AUTO)
 
 
 def run(setting: Setting) -> str | None:
@@ -206,6 +215,7 @@ def _soak(
     """Three equal parts of a load of all kinds; what does not hold, the same on all ranks. Memory that grows is watched
     to the end: whether it goes on growing tells what it is."""
     total, memory = Served(), []
+    engine.prefixes = PrefixCache(KEPT * engine.table.snapshot(0).nbytes)
     # asked once before: the first collective makes NCCL's communicator, 350 MiB of the host's memory that stay
     broken = _of_all_ranks(set(), group)
     while len(memory) < 3 and broken <= {"GPU memory", "host memory"}:
@@ -216,11 +226,12 @@ def _soak(
         memory.append(_Memory.now())
         broken |= _of_all_ranks(set(_broken(engine, args, served, memory)), group)
     row = {
-        "seconds": total.seconds,
+        "seconds": round(total.seconds, 1),
         "accepted": total.accepted,
         "answered": len(total.answers),
         "cancelled": dict(total.cancelled),
         "refused": dict(total.refused),
+        "prompts that began with a kept prefix": engine.prefixes.counts.hits,
         "tokens": sum(answer.tokens for answer in total.answers),
         "longest without progress, s": round(total.longest_wait, 2),
         "GPU memory after each third, MiB": [one.gpu >> 20 for one in memory],
@@ -228,8 +239,16 @@ def _soak(
         "of it pages of files, MiB": [one.files >> 20 for one in memory],
     }
     rows.append({"model": name, **row, "broken": sorted(broken)})
-    say(f"\n{markdown([name, 'soak'], [[key, str(value)] for key, value in row.items()])}\n")
+    say(f"\n{markdown([name, 'soak'], [[key, _shown(value)] for key, value in row.items()])}\n")
+    if not broken:
+        say("The soak holds.\n")
     return sorted(broken)
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{count} {name}" for name, count in sorted(value.items())) or "none"
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _of_all_ranks(own: set[str], group: dist.ProcessGroup) -> set[str]:
@@ -252,3 +271,9 @@ def _broken(engine: SlotEngine, args: argparse.Namespace, served: Served, memory
         yield "host memory"
     if served.misjudged:
         yield "refusals"
+    if served.misled:
+        yield "states"
+    if engine.prefixes.nbytes > engine.prefixes.budget:
+        yield "prefixes"
+    if not (served.accepted or served.refused):
+        yield "no request came"

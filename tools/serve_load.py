@@ -2,9 +2,9 @@
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import count
 from math import exp, inf, log
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -12,12 +12,13 @@ from megatron.core.inference.sampling_params import SamplingParams
 
 from megatron_ssm_tp.errors import UserError
 from megatron_ssm_tp.inference.prompts import Reader
-from megatron_ssm_tp.inference.requests import Limits, Request
-from megatron_ssm_tp.inference.slots import SlotTable
-from megatron_ssm_tp.inference.tokenizer import NoTokenizer
+from megatron_ssm_tp.inference.requests import Request
+from megatron_ssm_tp.inference.slots import END_IDS
+from megatron_ssm_tp.inference.stopping import StopCondition
 
 WRONG = 0.08  # of a soak's requests
 GIVEN_UP = 0.15
+BEGINNINGS = 3  # of a soak's prompts
 PATIENCE = {"waiting": 3, "reading": 3, "decoding": 20}  # steps in a stage, fewer than which a request gives up after
 
 
@@ -27,6 +28,8 @@ class Arrival(NamedTuple):
     Args:
         gives_up: a stage of the engine's, and after how many steps in it the request is cancelled.
         wrong: the field for which it is to be refused.
+        end_ids: tokens that end the answer, more than the device looks for; none: as `params` say.
+        returns_state: the state after the answer is asked for.
     """
 
     at: float
@@ -34,6 +37,8 @@ class Arrival(NamedTuple):
     params: SamplingParams
     gives_up: tuple[str, int] | None = None
     wrong: str | None = None
+    end_ids: frozenset[int] = frozenset()
+    returns_state: bool = False
 
 
 class Load:
@@ -42,7 +47,8 @@ class Load:
     Args:
         rate: requests a second.
         prompt_tokens, new_tokens: least and most; lengths between them are log-uniform.
-        mixed: sample in all ways, give some up, and mix in wrong ones.
+        mixed: sample in all ways, give some up, mix in wrong ones, begin prompts alike, end by many tokens, and ask for
+            states.
     """
 
     def __init__(
@@ -57,6 +63,7 @@ class Load:
         self._rate, self._prompt_tokens, self._new_tokens = rate, prompt_tokens, new_tokens
         self._vocab_size, self._mixed = vocab_size, mixed
         self._draw, self._generator = random.Random(seed), torch.Generator().manual_seed(seed)
+        self._beginnings = [self._tokens(prompt_tokens[1]) for _ in range(BEGINNINGS)]
 
     def arrivals(self, seconds: float = inf, requests: int | None = None) -> Iterator[Arrival]:
         """Those of so many seconds, or so many; without end if neither is given."""
@@ -66,7 +73,7 @@ class Load:
             if at > seconds:
                 return
             tokens = self._length(self._new_tokens)
-            prompt, wrong = self._tokens(self._length(self._prompt_tokens)), None
+            prompt, wrong = self._prompt(self._length(self._prompt_tokens)), None
             params = self._params(tokens)
             if self._mixed and self._draw.random() < WRONG:
                 prompt, wrong = self._spoilt(prompt, params)
@@ -74,7 +81,19 @@ class Load:
             if self._mixed and self._draw.random() < GIVEN_UP:
                 stage = self._draw.choice(list(PATIENCE))
                 gives_up = stage, self._draw.randrange(PATIENCE[stage])
-            yield Arrival(at, prompt, params, gives_up, wrong)
+            end_ids, returns_state = frozenset(), False
+            if self._mixed:
+                many = self._draw.random() < 0.2
+                end_ids = frozenset(self._tokens(4 * END_IDS)) if many else end_ids
+                returns_state = self._draw.random() < 0.2
+            yield Arrival(at, prompt, params, gives_up, wrong, end_ids, returns_state)
+
+    def _prompt(self, length: int) -> list[int]:
+        own = self._tokens(length)
+        if not self._mixed or self._draw.random() < 0.5:
+            return own
+        shared = length * 3 // 4
+        return self._draw.choice(self._beginnings)[:shared] + own[shared:]
 
     def _tokens(self, count: int) -> list[int]:
         return torch.randint(0, self._vocab_size, (count,), generator=self._generator).tolist()
@@ -113,14 +132,12 @@ class Load:
         return prompt, "top_p"
 
 
-def reader(table: SlotTable, vocab_size: int, longest: int) -> Reader:
-    """What reads arrivals, as LLM's calls are read."""
-    return Reader(NoTokenizer(Path("weights at random"), vocab_size, -1), Limits(vocab_size, longest), (), table)
-
-
 def read(reader: Reader, arrival: Arrival) -> Request | str:
     """The request, or why there is none: the field that is wrong."""
     try:
-        return reader.read([arrival.prompt], arrival.params)[0]
+        [request] = reader.read([arrival.prompt], arrival.params, return_states=arrival.returns_state)
     except UserError as error:
         return error.field
+    if not arrival.end_ids:
+        return request
+    return replace(request, stop=StopCondition(arrival.end_ids, (), False, reader.tokenizer))

@@ -36,6 +36,7 @@ class Served:
         cancelled: how often, by what the request was at.
         refused: how often, by the field that was wrong.
         misjudged: requests that were taken though wrong, or refused for what was right.
+        misled: answers whose state, asked for, is not there or of another conversation.
         idle: seconds without a request.
         longest_wait: seconds that a request was without progress, at most.
     """
@@ -45,6 +46,7 @@ class Served:
     cancelled: Counter[str] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)
     misjudged: int = 0
+    misled: int = 0
     seconds: float = 0.0
     idle: float = 0.0
     longest_wait: float = 0.0
@@ -56,6 +58,7 @@ class Served:
             self.cancelled + other.cancelled,
             self.refused + other.refused,
             self.misjudged + other.misjudged,
+            self.misled + other.misled,
             self.seconds + other.seconds,
             self.idle + other.idle,
             max(self.longest_wait, other.longest_wait),
@@ -167,3 +170,13 @@ class Serving:
             if progress.finished:
                 sizes = len(request.arrival.prompt), len(progress.token_ids)
                 self._served.answers.append(Answered(*sizes, request.arrival.at, request.first, seen))
+                self._served.misled += _states_of(progress) != _states_asked(request.arrival, progress)
+
+
+def _states_of(progress: Progress) -> list[int] | None:
+    """The conversation that an answer's state is of."""
+    return None if progress.state is None else progress.state.token_ids
+
+
+def _states_asked(arrival: Arrival, progress: Progress) -> list[int] | None:
+    return [*arrival.prompt, *progress.token_ids] if arrival.returns_state else None

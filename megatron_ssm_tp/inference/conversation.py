@@ -30,7 +30,8 @@ def save_state(state: ConversationState, directory: str | Path, group: dist.Proc
     """Write each rank's part to a file of its own in `directory`, which is made if it is not there.
 
     Raises:
-        UserError: it is no state, or some rank cannot write there; the same on all.
+        UserError: it is no state, or the ranks' are of several conversations, or some rank cannot write there; the same
+            on all.
     """
     file = _file(directory, group)
     partial = file.with_name(file.name + ".partial")
@@ -48,6 +49,7 @@ def save_state(state: ConversationState, directory: str | Path, group: dist.Proc
 
     try:
         agree(write, group)  # before any rank's part takes the place of an earlier one
+        check_same("state", str(state.token_ids), group)
         partial.replace(file)
     except BaseException:
         with suppress(OSError):
@@ -74,7 +76,7 @@ def load_state(directory: str | Path, device: torch.device, group: dist.ProcessG
             raise UserError("directory", str(directory), problem, legal) from error
 
     state = agree(read, group)
-    check_same("directory", str(state.token_ids), group)
+    check_same(f"the conversation in {directory}", str(state.token_ids), group)
     return state
 
 

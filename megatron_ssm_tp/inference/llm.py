@@ -9,24 +9,20 @@ from pathlib import Path
 import torch
 from megatron.core.inference.sampling_params import SamplingParams
 
-from ..checkpoint.loader import ModelCheckpoint, load_parameters, open_model
-from ..comm.recipe_book import RecipeBook, as_book
-from ..comm.recipe_file import FILE
+from ..checkpoint.loader import ModelCheckpoint
+from ..comm.recipe_book import RecipeBook
 from ..comm.recipes import AllReduceRecipe
 from ..compat.cpu import megatron_on_cpu
-from ..config import DTYPES
-from ..errors import UserError, renamed
-from ..layers.model import SSMModel, build_model
-from ..layers.overlap import HALVES, check_overlap, set_overlap
-from ..layers.row_parallel import set_recipes
-from ..ops.choose import implementation
-from ..partition.layout import check_tp_size
+from ..errors import UserError
+from ..layers.model import SSMModel
+from ..layers.overlap import HALVES
 from ..ranks import agree, check_all_same, lost_peers_reported
 from .answers import Answer, TextPiece
 from .conversation import ConversationState, load_state, save_state
 from .distributed import join
 from .engine import SlotEngine
-from .engines import build_engine, pick_engine
+from .engines import build_engine
+from .loading import Asked
 from .megatron_engine import MegatronEngine
 from .peers import PeerWatch
 from .prefix_cache import PrefixCounts
@@ -34,24 +30,7 @@ from .prompts import Params, Reader, States, in_few_letters, told
 from .requests import GenerationOutput, Limits, Prompt, Request, check_seed, check_token_ids
 from .running import Bursts
 from .state import CacheLimits
-from .tokenizer import NoTokenizer, TextTokenizer, load_tokenizer
-
-
-def _parse_dtype(dtype: str | torch.dtype, checkpoint: ModelCheckpoint) -> torch.dtype:
-    name = str(dtype).removeprefix("torch.")
-    if name == "auto":
-        name = checkpoint.config.dtype
-    if name not in DTYPES:
-        raise UserError("dtype", name, "cannot be run", ", ".join(("auto", *DTYPES)))
-    return getattr(torch, name)
-
-
-def _check_arguments(limits: object, bursts: object) -> None:
-    """Raises UserError: one of them is of another kind."""
-    if not isinstance(limits, CacheLimits):
-        raise UserError("limits", limits, "is not one", "CacheLimits(max_requests=..., ...)")
-    if bursts is not None and not isinstance(bursts, Bursts):
-        raise UserError("bursts", bursts, "is not one", "Bursts(longest=..., ...), or None")
+from .tokenizer import NoTokenizer, TextTokenizer
 
 
 class LLM:
@@ -128,34 +107,11 @@ class LLM:
         """
         device, groups = join(tensor_model_parallel_size)
         limits = limits if limits is not None else CacheLimits()
-
-        def read_headers() -> tuple[ModelCheckpoint, torch.dtype, TextTokenizer | NoTokenizer, RecipeBook | None]:
-            _check_arguments(limits, bursts)
-            check_seed(seed)
-            implementation(ops)
-            checkpoint = open_model(path)
-            check_tp_size(checkpoint.config, groups.tp.size())
-            pick_engine(engine, checkpoint.config, limits.prefix_bytes)
-            check_overlap(checkpoint.config, tp_overlap, tp_overlap_from)
-            words = load_tokenizer(Path(tokenizer or path), checkpoint.config)
-            return checkpoint, _parse_dtype(dtype, checkpoint), words, as_book(tp_allreduce, "tp_allreduce")
-
+        asked = Asked(dtype, limits, seed, exact_norm, ops, tp_allreduce, tp_overlap_from, tp_overlap, engine, bursts)
         with lost_peers_reported(), megatron_on_cpu():
-            checkpoint, params_dtype, words, recipes = agree(read_headers, groups.tp)
-            alike = {"tp_allreduce": recipes.fingerprint() if recipes else None, "dtype": params_dtype}
-            alike |= {"limits": limits, "seed": seed, "exact_norm": exact_norm, "ops": ops, "engine": engine}
-            alike |= {"bursts": bursts, "tp_overlap_from": tp_overlap_from, "tp_overlap": tp_overlap}
-            check_all_same({name: str(value) for name, value in alike.items()}, groups.tp)
-            if recipes is not None:
-                with renamed(lambda field: field if field == FILE else f"tp_allreduce.{field}"):
-                    recipes.check_backends(groups.tp, device)
-            length = limits.max_sequence_length
-            model = build_model(checkpoint.config, groups, params_dtype, device, length, seed, exact_norm, ops)
-            set_overlap(model, tp_overlap, tp_overlap_from)
-            set_recipes(model, recipes)  # before the weights: a book for another model is refused at once
-            rank, ranks = groups.tp.rank(), groups.tp.size()
-            load_parameters(dict(model.named_parameters()), checkpoint, rank, ranks, bar=rank == 0)
-            return cls(model.eval(), checkpoint, words, limits, engine, bursts, seed)
+            files = asked.files(path, tokenizer, groups)
+            model = asked.model(files, groups, device)
+            return cls(model, files.checkpoint, files.tokenizer, limits, engine, bursts, seed)
 
     def generate(
         self,

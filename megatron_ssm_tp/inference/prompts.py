@@ -18,11 +18,13 @@ States = Sequence[ConversationState | None] | None
 
 def told(requests: Sequence[Request]) -> dict[str, str]:
     """What a call asks for, by argument, in a few letters that ranks can compare."""
+    names = sorted({name for request in requests for name in vars(request.params)} - {"stop_words"})
     arguments = {
         "prompts": [request.prompt for request in requests],
-        "sampling_params": [(sorted(vars(r.params).items()), sorted(r.stop.end_ids), r.stop.words) for r in requests],
         "states": [request.state and request.state.token_ids for request in requests],
         "return_states": [request.return_state for request in requests],
+        "sampling_params.stop_words": [(sorted(request.stop.end_ids), request.stop.words) for request in requests],
+        **{f"sampling_params.{name}": [getattr(request.params, name, None) for request in requests] for name in names},
     }
     return {argument: in_few_letters(value) for argument, value in arguments.items()}
 

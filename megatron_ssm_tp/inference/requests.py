@@ -17,6 +17,8 @@ Prompt = str | Sequence[int]
 # What Megatron's class has, and what it is given by add_attributes.
 _PARAMETERS = (*(field.name for field in fields(SamplingParams)), "min_p", "repetition_penalty", "seed")
 
+_HOTTEST = 1e38  # of temperatures, which are kept in float32
+
 
 @dataclass(frozen=True)
 class GenerationOutput:
@@ -137,7 +139,7 @@ def read_params(params: SamplingParams, prompt_length: int, limits: Limits, own_
     for name in vars(params):
         if name not in _PARAMETERS:
             raise UserError("sampling_params", name, "is no parameter that is known", ", ".join(_PARAMETERS))
-    temperature = _number("temperature", params.temperature, 0, float("inf"), "0 (greedy) or a positive number")
+    temperature = _number("temperature", params.temperature, 0, _HOTTEST, f"0 (greedy) to {_HOTTEST:g}")
     top_k = _integer("top_k", params.top_k, 0, limits.vocab_size - 1, f"0 (off) to {limits.vocab_size - 1}")
     top_p = _number("top_p", params.top_p, 0, 1, "0 (off) to 1")
     if top_k and top_p:
@@ -159,7 +161,7 @@ def _read_more(params: SamplingParams, own_engine: bool) -> None:
     """min_p, repetition_penalty and seed, which `SamplingParams.add_attributes` gives; set to what means none."""
     min_p = _number("min_p", getattr(params, "min_p", 0.0), 0, 1, "0 (off) to 1")
     penalty = getattr(params, "repetition_penalty", 1.0)
-    penalty = _number("repetition_penalty", penalty, 1e-3, 1e3, "a positive number; 1 is off")
+    penalty = _number("repetition_penalty", penalty, 1e-3, 1e3, "0.001 to 1000; 1 is off")
     seed = getattr(params, "seed", None)
     seed = None if seed is None else check_seed(seed)
     for field, value, none in (("min_p", min_p, 0.0), ("repetition_penalty", penalty, 1.0), ("seed", seed, None)):

@@ -139,6 +139,7 @@ def transformer_config(
         "bf16": dtype == torch.bfloat16,
         "fp16": dtype == torch.float16,
         "fp32_residual_connection": model.residual_in_fp32 and dtype != torch.float32,
+        "cuda_graph_modules": [],  # whole layers; Megatron's default, "full", is the same and warns of itself
         "bias_dropout_fusion": False,  # torch.compile of two additions: seconds at the first token
         "use_cpu_initialization": device.type == "cpu",
         "perform_initialization": False,  # every value comes from the checkpoint
