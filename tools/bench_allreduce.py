@@ -16,24 +16,28 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from bench_ways import KINDS, Case, Result, Way, Ways
-from measure import (
-    captured,
-    conditions,
-    in_words,
-    largest,
-    markdown,
-    same_bits,
-    seconds,
-    start,
-    tried,
-)
-from report_files import check_reports, write_json, write_plot
 
-from megatron_ssm_tp.cli.console import Parser, guarded, is_speaker, say
-from megatron_ssm_tp.comm.recipes import Bf16
-from megatron_ssm_tp.errors import UserError, renamed
-from megatron_ssm_tp.ranks import agree, lost_peers_reported
+from megatron_ssm_tp import quiet_imports
+
+with quiet_imports():
+    from bench_ways import KINDS, Case, Result, Way, Ways
+    from measure import (
+        captured,
+        conditions,
+        in_words,
+        largest,
+        markdown,
+        same_bits,
+        seconds,
+        start,
+        tried,
+    )
+    from report_files import check_reports, write_json, write_plot
+
+    from megatron_ssm_tp.cli.console import Parser, guarded, is_speaker, say
+    from megatron_ssm_tp.comm.recipes import Bf16
+    from megatron_ssm_tp.errors import UserError, renamed
+    from megatron_ssm_tp.ranks import agree, lost_peers_reported
 
 TOKENS = (1, 8, 32, 128, 512, 2048, 8192, 32768)
 HIDDEN = (2560, 4096)

@@ -18,27 +18,31 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 import yaml
-from measure import markdown
-from quality import (
-    Score,
-    Setting,
-    Site,
-    bytes_a_token,
-    evaluate,
-    open_setting,
-    parser,
-    sites_of,
-)
-from report_files import check_reports, write_json, write_plot
 
-from megatron_ssm_tp import UserError
-from megatron_ssm_tp.cli.console import guarded, is_speaker, say
-from megatron_ssm_tp.cli.files import check_writable, write_whole
-from megatron_ssm_tp.comm.recipe_book import X_PROJ, RecipeBook
-from megatron_ssm_tp.comm.recipes import RECIPE_NAMES, AllReduceRecipe, recipe_by_name
-from megatron_ssm_tp.errors import renamed
-from megatron_ssm_tp.layers.model import SSMModel
-from megatron_ssm_tp.ranks import agree
+from megatron_ssm_tp import quiet_imports
+
+with quiet_imports():
+    from measure import markdown
+    from quality import (
+        Score,
+        Setting,
+        Site,
+        bytes_a_token,
+        evaluate,
+        open_setting,
+        parser,
+        sites_of,
+    )
+    from report_files import check_reports, write_json, write_plot
+
+    from megatron_ssm_tp import UserError
+    from megatron_ssm_tp.cli.console import guarded, is_speaker, say
+    from megatron_ssm_tp.cli.files import check_writable, write_whole
+    from megatron_ssm_tp.comm.recipe_book import X_PROJ, RecipeBook
+    from megatron_ssm_tp.comm.recipes import RECIPE_NAMES, AllReduceRecipe, recipe_by_name
+    from megatron_ssm_tp.errors import renamed
+    from megatron_ssm_tp.layers.model import SSMModel
+    from megatron_ssm_tp.ranks import agree
 
 Choice = dict[str, AllReduceRecipe]  # recipes by site; sites that are not there stay plain
 

@@ -6,6 +6,7 @@ Shapes are such that attention takes torch's variable-length kernel in bfloat16.
 softmax in float32, over pages of a cache, for prompts, parts of prompts and decoding requests at once.
 """
 
+import argparse
 import os
 import sys
 import tempfile
@@ -19,7 +20,8 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from models import TinyModel, make_tiny
 
-from megatron_ssm_tp import LLM, CacheLimits, SamplingParams
+from megatron_ssm_tp import LLM, CacheLimits, SamplingParams, UserError
+from megatron_ssm_tp.cli.console import Parser, guarded
 from megatron_ssm_tp.ops import attention
 
 SSM = {"mamba_n_heads": 8, "mamba_d_state": 32, "mamba_chunk_size": 64}
@@ -96,7 +98,11 @@ def row(name: str, model: TinyModel, folder: Path, found: dict) -> str:
 
 
 def main() -> None:
-    rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 0))
+    if not 0 < ranks <= torch.cuda.device_count():
+        legal = f"torchrun --nproc-per-node 1 to {torch.cuda.device_count()}, a GPU each"
+        raise UserError("number of ranks", ranks, "cannot be had", legal if torch.cuda.is_available() else "GPUs")
     torch.cuda.set_device(rank)
     if not dist.is_initialized():
         dist.init_process_group("nccl")
@@ -119,4 +125,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(main))

@@ -12,23 +12,27 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from measure import markdown
-from quality import (
-    Books,
-    Score,
-    bytes_a_token,
-    evaluate,
-    open_setting,
-    parser,
-    sites_of,
-)
-from report_files import check_reports, write_json
 
-from megatron_ssm_tp.cli.console import guarded, is_speaker, say
-from megatron_ssm_tp.comm.recipe_book import RecipeBook
-from megatron_ssm_tp.comm.recipes import RECIPE_NAMES, recipe_by_name
-from megatron_ssm_tp.errors import renamed
-from megatron_ssm_tp.ranks import agree
+from megatron_ssm_tp import quiet_imports
+
+with quiet_imports():
+    from measure import markdown
+    from quality import (
+        Books,
+        Score,
+        bytes_a_token,
+        evaluate,
+        open_setting,
+        parser,
+        sites_of,
+    )
+    from report_files import check_reports, write_json
+
+    from megatron_ssm_tp.cli.console import guarded, is_speaker, say
+    from megatron_ssm_tp.comm.recipe_book import RecipeBook
+    from megatron_ssm_tp.comm.recipes import RECIPE_NAMES, recipe_by_name
+    from megatron_ssm_tp.errors import renamed
+    from megatron_ssm_tp.ranks import agree
 
 PLAIN = "none"
 HEADER = ["recipe", "perplexity", "change %", "KL, nats", "top-1 %"]

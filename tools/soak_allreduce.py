@@ -22,16 +22,20 @@ from time import monotonic
 
 import torch
 import torch.distributed as dist
-from measure import captured, conditions, in_words, prepare_symmetric, start
-from soak_calls import Call, Choices, checksum
-from soak_exchanges import Exchange, draw_exchange
-from soak_report import Record, Report
 
-from megatron_ssm_tp.cli.console import RUN_ERROR, Parser, guarded, leave, say
-from megatron_ssm_tp.comm.backends import BACKENDS
-from megatron_ssm_tp.comm.recipes import Bf16
-from megatron_ssm_tp.errors import PeerLostError, UserError, renamed
-from megatron_ssm_tp.ranks import agree, lost_peers_reported
+from megatron_ssm_tp import quiet_imports
+
+with quiet_imports():
+    from measure import captured, conditions, in_words, prepare_symmetric, start
+    from soak_calls import Call, Choices, checksum
+    from soak_exchanges import Exchange, draw_exchange
+    from soak_report import Record, Report
+
+    from megatron_ssm_tp.cli.console import RUN_ERROR, Parser, guarded, leave, say
+    from megatron_ssm_tp.comm.backends import BACKENDS
+    from megatron_ssm_tp.comm.recipes import Bf16
+    from megatron_ssm_tp.errors import PeerLostError, UserError, renamed
+    from megatron_ssm_tp.ranks import agree, lost_peers_reported
 
 _GRAPHS = 8  # kept at a time
 _IN_A_ROW = 1 << 20  # most values of a call that is not alone in its batch
