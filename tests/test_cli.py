@@ -168,7 +168,12 @@ def crowded(path: Path) -> Path:
         (None, ["--seed", 2**70], "--seed=1180591620717411303424: is out of range"),
         (None, ["--ops", "cuda"], "--ops='cuda': is no implementation; legal: auto, triton, reference"),
         (None, ["--tp-overlap-from", 0], "--tp-overlap-from=0: is no number of tokens; legal: an integer from 1"),
-        (None, ["--tp-overlap", "thirds"], "--tp-overlap='thirds': hides no reduction; legal: halves, x_proj"),
+        (None, ["--tp-overlap", "x_proj"], "--tp-overlap='x_proj': is of no pass; legal: beside --tp-overlap-from"),
+        (
+            None,
+            ["--tp-overlap", "thirds", "--tp-overlap-from", 9],
+            "--tp-overlap='thirds': hides no reduction; legal: halves, x_proj",
+        ),
         (None, ["--engine", "v8"], "--engine='v8': is no engine; legal: auto, slots, megatron"),
         (None, ["--min-p", 2], "--min-p=2.0: is out of range; legal: 0 (off) to 1"),
         (None, ["--tempature", 1], "unrecognized arguments: --tempature 1"),
@@ -190,6 +195,7 @@ def crowded(path: Path) -> Path:
         "seed",
         "ops",
         "overlap",
+        "overlap of nothing",
         "way to overlap",
         "engine",
         "min p",
@@ -331,8 +337,10 @@ def test_generate_with_quantized_reductions(tmp_path):
         in_force.append(report["tp_allreduce"])
         assert report["ops"] == {"name": "reference", "reason": "no CUDA device"} and report["engine"] == "slots"
     assert tokens[2] == tokens[0] and len(tokens[1]) == 12
-    off = {"recipe": None, "cfg": None, "min_bytes": None, "sites": {"none": 12}}
-    assert in_force == [off, off | {"recipe": "int8", "sites": {"none": 6, "int8": 6}}, off | {"cfg": str(file)}]
+    none, mixed = {"none": 12}, {"none": 6, "int8": 6}
+    off = {"recipe": None, "cfg": None, "min_bytes": None, "sites": none, "sites_of_steps": none}
+    int8 = off | {"recipe": "int8", "sites": mixed, "sites_of_steps": mixed}
+    assert in_force == [off, int8, off | {"cfg": str(file)}]
 
 
 @pytest.mark.parametrize("more", [["--top-k", "3"], ["--top-p", "0.5"], ["--min-p", "0.1"]])
