@@ -207,7 +207,7 @@ def waited_for(run: Callable[[], object], device: torch.device, refresh: Callabl
 
 def _meet() -> None:
     if dist.is_initialized():
-        dist.barrier()
+        dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)
 
 
 def _synchronize(device: torch.device) -> None:
