@@ -23,7 +23,7 @@ def prompts_of(lengths: tuple[int, ...]) -> list[list[int]]:
 @TP
 @FAMILY
 def test_tokens_are_hugging_faces_however_often_the_host_looks(world, tiny, family, tp):
-    model, prompts = tiny(family), prompts_of(LENGTHS)
+    model, prompts = tiny(family, tied=False), prompts_of(LENGTHS)
     expected = [model.greedy(prompt, count) for prompt, count in zip(prompts, COUNTS, strict=True)]
     for bursts in LOOKS:
         for found in world(tp).run(jobs.answers, model.path, prompts, list(COUNTS), bursts):
@@ -34,7 +34,7 @@ def test_tokens_are_hugging_faces_however_often_the_host_looks(world, tiny, fami
 @FAMILY
 def test_padded_passes_are_those_of_their_tokens(world, tiny, family, tp):
     """Passes of one prompt, of several, and of parts of long ones, padded to a few sizes."""
-    model, prompts = tiny(family), prompts_of(LENGTHS)
+    model, prompts = tiny(family, tied=False), prompts_of(LENGTHS)
     expected = [model.greedy(prompt, count) for prompt, count in zip(prompts, COUNTS, strict=True)]
     for found, sizes in world(tp).run(jobs.answers_of_padded_passes, model.path, prompts, list(COUNTS)):
         assert found == expected and {(32, 1), (32, 4), (16, 1)} <= sizes
@@ -43,7 +43,7 @@ def test_padded_passes_are_those_of_their_tokens(world, tiny, family, tp):
 @TP
 @pytest.mark.parametrize("seed", range(4))
 def test_requests_come_and_go(world, tiny, seed, tp):
-    model, prompts = tiny("falcon_mamba"), prompts_of(LENGTHS)
+    model, prompts = tiny("falcon_mamba", tied=False), prompts_of(LENGTHS)
     expected = [model.greedy(prompt, count) for prompt, count in zip(prompts, COUNTS, strict=True)]
     for found in world(tp).run(jobs.arriving, model.path, prompts, list(COUNTS), LOOKS[seed % 3], seed):
         assert sorted(found) == list(range(len(prompts)))
@@ -61,7 +61,7 @@ def test_progress_comes_a_burst_at_a_time_and_ends_once(world, tiny):
     "more", [{}, {"top_k": 9}, {"top_p": 0.8}, {"min_p": 0.02, "repetition_penalty": 1.3}], ids=str
 )
 def test_the_same_seed_gives_the_same_tokens_alone_in_company_and_in_any_bursts(world, tiny, more):
-    path, prompts = tiny("mamba").path, prompts_of((7, 40, 3, 12))
+    path, prompts = tiny("mamba", tied=False).path, prompts_of((7, 40, 3, 12))
     alone = world(1).run(jobs.sampled, path, prompts[:1], LOOKS[0], None, seed=5, **more)[0]
     for bursts in LOOKS:
         for tp in (1, 2):
@@ -72,7 +72,7 @@ def test_the_same_seed_gives_the_same_tokens_alone_in_company_and_in_any_bursts(
 
 
 def test_requests_without_a_seed_differ_and_a_runs_seed_repeats_them(world, tiny):
-    path, prompts = tiny("mamba").path, [[1, 2, 3]] * 2
+    path, prompts = tiny("mamba", tied=False).path, [[1, 2, 3]] * 2
     first, again, later = (world(1).run(jobs.sampled, path, prompts, LOOKS[1], seed)[0] for seed in (3, 3, None))
     assert first == again != later and first[0] != first[1]
 
