@@ -26,8 +26,8 @@ class SmallSums:
         return book_of(self._group, own) if self._is_asked(own) else self._unasked
 
     def asked(self) -> str:
-        """What an allreduce_autocast or the model's recipes say now, in letters: sums that differ in nothing else are
-        of the same states."""
+        """What an allreduce_autocast or the model's recipes say now, in letters: states that were made when these were
+        others differ."""
         own = self._own()
         book = book_of(self._group, own)
         return f"{self._is_asked(own)} {book.fingerprint() if book else ''}"
