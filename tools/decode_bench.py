@@ -89,8 +89,8 @@ class DecodeCell(NamedTuple):
 
 
 class Step(NamedTuple):
-    """Seconds of a step: whole, of the host's work for it, of its floor, and of the device's work for it, if that can
-    be told apart."""
+    """Seconds of a step: whole, of the host's work for it where that is another's than the device's, of its floor, and
+    of the device's work where steps are graphs."""
 
     whole: float | None
     host: float | None = None
@@ -122,7 +122,8 @@ def decode_ours(ours: Ours, batch: int, ssm_dtype: torch.dtype, graphs: bool, me
     busy = largest(_of_device(burst), device) if device.type == "cuda" and graphs else None
     if not (table.ssm[:, :batch].isfinite().all() and (table.counts[:batch] == table.counts[0]).all()):
         raise ArithmeticError("states are not finite, or tokens are missing")
-    return Step(whole, host, floor_bytes(ours, table) / memory, busy)
+    floor = floor_bytes(ours, table) / memory
+    return Step(whole, host, floor, busy) if device.type == "cuda" else Step(whole, floor=floor)  # a CPU is the host
 
 
 def _in_rhythm(burst: Callable[[int], Emitted], rhythm: Bursts) -> tuple[float, float]:
@@ -192,16 +193,15 @@ def _timed(run: Callable[[], object]) -> float:
 
 
 def decode_table(cells: list[DecodeCell]) -> str:
-    """Markdown, a row a way and batch; ratios to mamba-ssm's step of the same model and batch. Of a CPU's steps, which
-    the host makes itself, times alone."""
+    """Markdown, a row a way and batch; ratios to mamba-ssm's step of the same model and batch."""
     rows = []
     for cell in cells:
         if cell.seconds is None:
             continue
         rival = next((c.seconds for c in cells if (c.model, c.batch, c.way) == (cell.model, cell.batch, RIVAL)), None)
         values = [(cell.seconds * 1e3, ".3f"), (cell.batch / cell.seconds, ".0f")]
-        values += [(cell.floor / cell.seconds * 100 if cell.floor and cell.device else None, ".0f")]
-        values += [(cell.host / cell.seconds * 100 if cell.host and cell.device else None, ".1f")]
+        values += [(cell.floor / cell.seconds * 100 if cell.floor else None, ".0f")]
+        values += [(cell.host / cell.seconds * 100 if cell.host else None, ".1f")]
         values += [(max(0.0, 1 - cell.device / cell.seconds) * 100 if cell.device else None, ".1f")]
         values += [(rival / cell.seconds if rival else None, ".2f")]
         shown = [format(value, form) if value is not None else "-" for value, form in values]
