@@ -39,3 +39,9 @@ def compile_for_hopper(
     """For sm_90; pointers and, if `aligned_strides`, strides are taken to be multiples of 16."""
     multiples = ("_ptr", "_stride") if aligned_strides else ("_ptr",)
     return compiled(kernel, types, constants, {"num_warps": warps}, multiples)
+
+
+def reads_before_waiting(ptx: str) -> bool:
+    """Whether memory is read before what the kernel before writes is waited for."""
+    before, _ = ptx.split("griddepcontrol.wait")
+    return "ld.global" in before

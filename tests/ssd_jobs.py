@@ -162,7 +162,7 @@ def in_products_of(dtype, x, dt, A, B, C, D, dt_bias, state, block):
     return torch.cat(outputs, 1) + x * D[:, None], state
 
 
-def compiled_for(arch: int, kernel: str, dtype: str, channels: int, d_state: int):
+def compiled_for(arch: int, kernel: str, dtype: str, channels: int, d_state: int, at_rest: bool = True):
     """A kernel of ssd_*triton.py, compiled for sm_`arch` as it is launched by default."""
     from megatron_ssm_tp.ops import ssd
 
@@ -172,7 +172,7 @@ def compiled_for(arch: int, kernel: str, dtype: str, channels: int, d_state: int
     product, precision = ssd._PRODUCTS[torch_dtype]
     channels = min(channels, how["channels"])
     constants = {"P": channels, "N": d_state, "BLOCK": how["block"], "HEADS": 16, "MASKED": False, "channel_blocks": 1}
-    constants |= {"PRODUCT": product, "PRECISION": precision, "ONE_EACH": True, "AT_REST": True, "OVERLAPS": True}
+    constants |= {"PRODUCT": product, "PRECISION": precision, "ONE_EACH": True, "AT_REST": at_rest, "OVERLAPS": True}
     of_states = {"chunk_states": "states_", "scan_chunks": ""}.get(kernel)
     options = {"num_warps": 4}
     if of_states is not None:

@@ -168,7 +168,7 @@ def crowded(path: Path) -> Path:
         (None, ["--seed", 2**70], "--seed=1180591620717411303424: is out of range"),
         (None, ["--ops", "cuda"], "--ops='cuda': is no implementation; legal: auto, triton, reference"),
         (None, ["--tp-overlap-from", 0], "--tp-overlap-from=0: is no number of tokens; legal: an integer from 1"),
-        (None, ["--tp-overlap", "x_proj"], "--tp-overlap='x_proj': is of no pass; legal: beside --tp-overlap-from"),
+        (None, ["--tp-overlap", "x_proj"], "--tp-overlap='x_proj': is of no pass; legal: beside tp_overlap_from"),
         (
             None,
             ["--tp-overlap", "thirds", "--tp-overlap-from", 9],

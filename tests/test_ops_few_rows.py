@@ -121,7 +121,8 @@ def test_tiles_compile_for_hopper(rows, columns, requests):
     assert asked < waited
 
 
-def test_the_step_compiles_for_hopper():
+@pytest.mark.parametrize("at_rest", [True, False])
+def test_the_step_compiles_for_hopper(at_rest):
     from megatron_ssm_tp.ops.dt_step_triton import dt_step as kernel
 
     tensors = ("bcdt", "x", "z", "out", "weight", "dt_bias")
@@ -129,5 +130,8 @@ def test_the_step_compiles_for_hopper():
     types |= {f"{name}_ptr": "*fp32" for name in ("A", "D", "states")} | {"slots_ptr": "*i64", "eps": "fp32"}
     types |= dict.fromkeys(("channels", "x_stride", "z_stride", "bcdt_stride", "state_stride"), "i32")
     constants = {"RANK": 256, "D_STATE": 16, "R": 256, "N": 16, "CHANNELS": 32, "NORMED": True}
-    constants |= {"AT_REST": True, "OVERLAPS": True}
-    assert ".local" not in compile_for_hopper(kernel, types, constants, 4).asm["ptx"]
+    constants |= {"AT_REST": at_rest, "OVERLAPS": True}
+    ptx = compile_for_hopper(kernel, types, constants, 4).asm["ptx"]
+    before, _ = ptx.split("griddepcontrol.wait")
+    assert ".local" not in ptx
+    assert ("ld.global.b64" in before) == at_rest  # of slots: dt_proj's weight is read before in any case

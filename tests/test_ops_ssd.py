@@ -5,6 +5,7 @@ import re
 import pytest
 import ssd_jobs as jobs
 import torch
+from hopper import reads_before_waiting
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ssd_jobs import SSDCase
@@ -116,6 +117,12 @@ def test_kernels_compile_for_gpus_that_are_not_here(kernel, dtype, channels, d_s
     ptx = compiled.asm["ptx"]
     assert ".target sm_90" in ptx and compiled.metadata.shared <= 227 << 10
     assert bool(re.search(r"\bw?g?mma\.", ptx)) == (kernel in ("chunk_states", "scan_chunks"))
+
+
+def test_a_step_reads_states_before_it_waits_only_if_they_are_at_rest():
+    for at_rest in (True, False):
+        ptx = jobs.compiled_for(90, "ssd_state_step", "bf16", 32, 128, at_rest).asm["ptx"]
+        assert reads_before_waiting(ptx) == at_rest
 
 
 @pytest.mark.parametrize("kernel", ["chunk_states", "scan_chunks"])

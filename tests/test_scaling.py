@@ -121,7 +121,7 @@ def test_ratios_and_longest_prompts():
             ["--what", "decode", "--models", "zamba2-7b"],
             "--what=['decode']: has nothing to measure: decode: not of zamba",
         ),
-        (["--what", "decode", "--plot", "x.png"], "--plot='x.png': shows prefill over one rank's, which is not asked"),
+        (["--what", "decode", "--plot", "x.png"], "--plot='x.png': shows prefill of single prompts"),
         (["--lengths", "0"], "--lengths=0: is no number of tokens; legal: an integer from 1"),
     ],
 )

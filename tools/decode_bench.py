@@ -2,8 +2,7 @@
 
 A step takes each request's token and state to its next token, greedy; the host looks as often as the engine's does. Its
 floor is the time to read the weights once, and to read and write the states, at the speed of a large copy on the same
-device. The device is idle between steps for what a step takes longer than one of a long burst that was launched before
-the device began with it.
+device.
 """
 
 import argparse
@@ -37,7 +36,6 @@ from megatron_ssm_tp.inference.small_sums import SmallSums
 from megatron_ssm_tp.layers.row_parallel import set_recipes
 
 STEPS, REPEATS = 32, 5  # of a measurement
-_SLEEP_CYCLES = 100_000_000  # of the device: longer than the host launches STEPS
 _UNENDING = 1 << 40  # tokens
 _PROMPT, _SHORT, _LONG = 16, 33, 161  # tokens: of mamba-ssm's prompt, and of two answers whose difference is timed
 
@@ -76,26 +74,26 @@ def run(setting: Setting) -> None:
 
 
 class DecodeCell(NamedTuple):
-    """Seconds of a step of `batch` requests, medians; `host` and `device`: of them those in which it was busy."""
+    """Seconds of a step of `batch` requests, as Step has them."""
 
     model: str
     way: str
     batch: int
     seconds: float | None = None
-    host: float | None = None
     floor: float | None = None
-    device: float | None = None
+    host: float | None = None
+    idle: float | None = None
     note: str = ""
 
 
 class Step(NamedTuple):
-    """Seconds of a step: whole, of the host's work for it where that is another's than the device's, of its floor, and
-    of the device's work where steps are graphs."""
+    """Seconds of a step: whole, and of its floor; of a GPU's also of the host's work for it, and of those in which the
+    GPU waits for the next burst."""
 
     whole: float | None
-    host: float | None = None
     floor: float | None = None
-    device: float | None = None
+    host: float | None = None
+    idle: float | None = None
 
 
 def decode_ours(ours: Ours, batch: int, ssm_dtype: torch.dtype, graphs: bool, memory: float) -> Step:
@@ -117,44 +115,48 @@ def decode_ours(ours: Ours, batch: int, ssm_dtype: torch.dtype, graphs: bool, me
 
     for _ in range(2):
         burst(STEPS).wait()
-    found = [_in_rhythm(burst, rhythm) for _ in range(REPEATS)]
-    whole, host = (largest(median(column), device) for column in zip(*found, strict=True))
-    busy = largest(_of_device(burst), device) if device.type == "cuda" and graphs else None
-    if not (table.ssm[:, :batch].isfinite().all() and (table.counts[:batch] == table.counts[0]).all()):
+    found = [_in_rhythm(burst, rhythm, device) for _ in range(REPEATS)]
+    whole, host, idle = (largest(median(column), device) for column in zip(*found, strict=True))
+    expected = 2 * STEPS + REPEATS * _steps(rhythm)
+    if not (table.ssm[:, :batch].isfinite().all() and table.counts[:batch].eq(expected).all()):
         raise ArithmeticError("states are not finite, or tokens are missing")
     floor = floor_bytes(ours, table) / memory
-    return Step(whole, host, floor, busy) if device.type == "cuda" else Step(whole, floor=floor)  # a CPU is the host
+    return Step(whole, floor, host, idle) if device.type == "cuda" else Step(whole, floor)  # a CPU is the host
 
 
-def _in_rhythm(burst: Callable[[int], Emitted], rhythm: Bursts) -> tuple[float, float]:
-    """Seconds of a step, and of the host's work for it, where so many bursts are under way when one is looked at."""
+def _in_rhythm(burst: Callable[[int], Emitted], rhythm: Bursts, device: torch.device) -> tuple[float, float, float]:
+    """Seconds of a step: whole, of the host's work for it, and of those in which the GPU waits for the next burst; so
+    many bursts being under way when one is looked at."""
     under_way: deque[Emitted] = deque()
-    began, host = perf_counter(), 0.0
+    marks, host, began = [], 0.0, perf_counter()
     for _ in range(0, STEPS, rhythm.longest):
         launched = perf_counter()
+        marks.append(_mark(device))
         under_way.append(burst(rhythm.longest))
+        marks.append(_mark(device))
         host += perf_counter() - launched
         while len(under_way) > rhythm.ahead:
             under_way.popleft().wait()
     while under_way:
         under_way.popleft().wait()
-    steps = -(-STEPS // rhythm.longest) * rhythm.longest
-    return (perf_counter() - began) / steps, host / steps
+    whole = perf_counter() - began
+    gaps = zip(marks[1:-1:2], marks[2::2], strict=True) if device.type == "cuda" else ()
+    idle = sum(end.elapsed_time(begin) for end, begin in gaps) * 1e-3
+    return tuple(seconds / _steps(rhythm) for seconds in (whole, host, idle))
 
 
-def _of_device(burst: Callable[[int], Emitted]) -> float:
-    """Seconds of a step of one long burst, which the host has launched before the device begins with it."""
-    found = []
-    for _ in range(REPEATS):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(_SLEEP_CYCLES)
-        begin.record()
-        emitted = burst(STEPS)
-        end.record()
-        emitted.wait()
-        torch.cuda.synchronize()
-        found.append(begin.elapsed_time(end) * 1e-3 / STEPS)
-    return median(found)
+def _mark(device: torch.device) -> torch.cuda.Event | None:
+    """Here on the GPU's stream."""
+    if device.type != "cuda":
+        return None
+    mark = torch.cuda.Event(enable_timing=True)
+    mark.record()
+    return mark
+
+
+def _steps(rhythm: Bursts) -> int:
+    """STEPS in whole bursts."""
+    return -(-STEPS // rhythm.longest) * rhythm.longest
 
 
 def floor_bytes(ours: Ours, table: SlotTable) -> int:
@@ -202,7 +204,7 @@ def decode_table(cells: list[DecodeCell]) -> str:
         values = [(cell.seconds * 1e3, ".3f"), (cell.batch / cell.seconds, ".0f")]
         values += [(cell.floor / cell.seconds * 100 if cell.floor else None, ".0f")]
         values += [(cell.host / cell.seconds * 100 if cell.host else None, ".1f")]
-        values += [(max(0.0, 1 - cell.device / cell.seconds) * 100 if cell.device else None, ".1f")]
+        values += [(cell.idle / cell.seconds * 100 if cell.idle is not None else None, ".2f")]
         values += [(rival / cell.seconds if rival else None, ".2f")]
         shown = [format(value, form) if value is not None else "-" for value, form in values]
         rows.append([cell.model, cell.way, str(cell.batch), *shown])

@@ -33,6 +33,7 @@ TOOL = Path(__file__).parent / "bench_inference.py"
 BUDGET = 40e9  # bytes of a GPU, for the longest prompt
 REPLICAS = "replicas"
 WHAT = ("prefill", "decode", "requests")
+_PATIENCE = 30.0  # seconds that torchrun may take to end its ranks
 _LONGEST_REQUEST = 8192  # tokens of a prompt, of whole requests
 
 
@@ -65,8 +66,9 @@ def check(args: argparse.Namespace) -> None:
             read_common(_on_one_rank(args) if ranks == 1 else args, ranks)
     if not _parts(args, 1):
         raise UserError("--what", args.what, f"has nothing to measure: {'; '.join(_left_out(args))}", WHAT[0])
-    if args.plot and ("prefill" not in args.what or max(args.ranks) == 1):
-        raise UserError("--plot", args.plot, "shows prefill over one rank's, which is not asked for", "no --plot")
+    if args.plot and not ("prefill" in args.what and max(args.ranks) > 1 and 1 in args.prompts):
+        problem = "shows prefill of single prompts over one rank's, which is not asked for"
+        raise UserError("--plot", args.plot, problem, "no --plot")
     gpus = torch.cuda.device_count()
     if gpus and max(args.ranks) > gpus:
         raise UserError("--ranks", max(args.ranks), "are more than this machine's GPUs", f"1 to {gpus}")
@@ -173,6 +175,7 @@ def _ended(process: subprocess.Popen, what: str, notes: list[str]) -> bool:
         errors = process.communicate()[1].strip().splitlines()
     finally:
         process.terminate()  # where the wait was interrupted; else it has ended
+        process.wait(_PATIENCE)
     if process.returncode:
         notes.append(f"{what}: ended with status {process.returncode}: {errors[-1] if errors else ''}")
     return process.returncode == 0
@@ -202,6 +205,7 @@ def _replicas(args: argparse.Namespace, ranks: int, folder: Path, notes: list[st
         finally:
             for process in started:
                 process.terminate()
+                process.wait(_PATIENCE)
         if not all(ended):
             continue
         for report in reports:

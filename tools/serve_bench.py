@@ -190,16 +190,17 @@ def _plot(rows: list[dict], path: str, title: str) -> None:
 
 
 class _Memory(NamedTuple):
-    """Bytes of tensors on the GPU, of this process on the host, and what of these are pages of files that it maps."""
+    """Bytes of tensors on the GPU but kept prefixes, of this process on the host, and what of these are pages of files
+    that it maps."""
 
     gpu: int
     host: int
     files: int
 
     @classmethod
-    def now(cls) -> "_Memory":
+    def now(cls, kept: int) -> "_Memory":
         found = psutil.Process().memory_info()
-        on_gpu = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+        on_gpu = torch.cuda.memory_allocated() - kept if torch.cuda.is_available() else 0
         return cls(on_gpu, found.rss, getattr(found, "shared", 0))
 
 
@@ -223,7 +224,7 @@ def _soak(
         served = _serving(engine, args, vocab_size, clock, arrivals).run(args.stall_seconds)
         total = total + served
         free_memory()
-        memory.append(_Memory.now())
+        memory.append(_Memory.now(engine.prefixes.nbytes))
         broken |= _of_all_ranks(set(_broken(engine, args, served, memory)), group)
     row = {
         "seconds": round(total.seconds, 1),

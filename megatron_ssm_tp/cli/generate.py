@@ -111,9 +111,9 @@ def _add_reductions(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--tp-overlap",
+        default="halves",
         metavar="WAY",
-        help="how: halves (of the tokens, by turns; models of SSM layers alone; the default) or x_proj (behind z's "
-        "product; Mamba-1)",
+        help="halves (of the tokens, by turns; models of SSM layers alone) or x_proj (behind z's product; Mamba-1)",
     )
 
 
@@ -135,8 +135,6 @@ def _read_inputs(args: argparse.Namespace) -> list[str]:
         prompts += found
     if not prompts:
         raise UserError("--prompt", None, "is missing", "--prompt TEXT or --prompt-file FILE")
-    if args.tp_overlap is not None and args.tp_overlap_from is None:
-        raise UserError("tp_overlap", args.tp_overlap, "is of no pass", "beside --tp-overlap-from")
     if args.temperature == 0 and _is_sampled(args):
         problem = "is greedy, which leaves --top-k, --top-p and --min-p nothing to choose from"
         raise UserError("temperature", args.temperature, problem, "a number above 0, or none of these")
@@ -202,7 +200,7 @@ def run(args: argparse.Namespace) -> None:
         engine=args.engine,
         tp_allreduce=recipes,
         tp_overlap_from=args.tp_overlap_from,
-        tp_overlap=args.tp_overlap or "halves",
+        tp_overlap=args.tp_overlap,
     )
     started = time.monotonic()
     pieces = llm.stream(prompts, params)

@@ -76,7 +76,7 @@ def load_state(directory: str | Path, device: torch.device, group: dist.ProcessG
             raise UserError("directory", str(directory), problem, legal) from error
 
     state = agree(read, group)
-    check_same(f"the conversation in {directory}", str(state.token_ids), group)
+    check_same("conversation", str(state.token_ids), group)
     return state
 
 

@@ -193,7 +193,8 @@ class SlotEngine(OneRun, AbstractEngine):
         done = [running for running, _ in parts if running.read == len(running.prompt)]
         logits, slots = self.passes.logits([(running.slot, part) for running, part in parts], max(1, len(done)))
         for running, _ in parts:
-            if running.keep_at and running.read == running.keep_at:
+            kept_here = running.keep_at and running.read == running.keep_at
+            if kept_here and running.made_by == self.sums.asked():  # as when it was admitted
                 states = self.table.snapshot(running.slot)
                 self.prefixes.keep(running.prompt[: running.read], states, running.made_by)
         if not done:

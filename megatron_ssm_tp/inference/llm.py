@@ -107,7 +107,18 @@ class LLM:
         """
         device, groups = join(tensor_model_parallel_size)
         limits = limits if limits is not None else CacheLimits()
-        asked = Asked(dtype, limits, seed, exact_norm, ops, tp_allreduce, tp_overlap_from, tp_overlap, engine, bursts)
+        asked = Asked(
+            dtype=dtype,
+            limits=limits,
+            seed=seed,
+            exact_norm=exact_norm,
+            ops=ops,
+            tp_allreduce=tp_allreduce,
+            tp_overlap_from=tp_overlap_from,
+            tp_overlap=tp_overlap,
+            engine=engine,
+            bursts=bursts,
+        )
         with lost_peers_reported(), megatron_on_cpu():
             files = asked.files(path, tokenizer, groups)
             model = asked.model(files, groups, device)

@@ -53,14 +53,18 @@ class Passes:
 
     def size_of(self, parts: Sequence[tuple[int, Sequence[int]]]) -> tuple[int, int] | None:
         """Tokens and prompts of the graph for these parts; None: there is none."""
-        tokens = sum(len(tokens) for _, tokens in parts)
-        overlaps = self._overlaps is not None and tokens >= self._overlaps
-        return None if overlaps else self.sizes.holding(tokens, len(parts))
+        size = self.sizes.holding(sum(len(tokens) for _, tokens in parts), len(parts))
+        return size if size is not None and self._is_plain(size) else None
+
+    def _is_plain(self, size: tuple[int, int]) -> bool:
+        """Whether a pass of that size would hide no reductions."""
+        return self._overlaps is None or size[0] < self._overlaps
 
     def warm_up(self, max_tokens: int) -> None:
         """Make the graphs of passes up to `max_tokens`, if any, and have kernels compiled for one of so many."""
         for size in self.sizes.up_to(max_tokens) if self._graphs is not None else ():
-            self.padded([], 0, *size)
+            if self._is_plain(size):
+                self.padded([], 0, *size)
         nobody = self.table.slots
         self.logits([(nobody, [0] * max_tokens)], 1)
         self.logits([(nobody, [0] * max_tokens), (nobody, [0])], 1)

@@ -23,8 +23,8 @@ def told(requests: Sequence[Request]) -> dict[str, str]:
         "prompts": [request.prompt for request in requests],
         "states": [request.state and request.state.token_ids for request in requests],
         "return_states": [request.return_state for request in requests],
-        "sampling_params.stop_words": [(sorted(request.stop.end_ids), request.stop.words) for request in requests],
         **{f"sampling_params.{name}": [getattr(request.params, name, None) for request in requests] for name in names},
+        "sampling_params.stop_words": [(sorted(request.stop.end_ids), request.stop.words) for request in requests],
     }
     return {argument: in_few_letters(value) for argument, value in arguments.items()}
 

@@ -28,6 +28,8 @@ class SmallSums:
     def asked(self) -> str:
         """What an allreduce_autocast or the model's recipes say now, in letters: states that were made when these were
         others differ."""
+        if self._group.size() == 1:
+            return ""
         own = self._own()
         book = book_of(self._group, own)
         return f"{self._is_asked(own)} {book.fingerprint() if book else ''}"

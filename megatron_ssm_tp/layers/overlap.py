@@ -14,6 +14,8 @@ def check_overlap(config: ModelConfig, way: object, tokens: object) -> None:
     if way not in WAYS:
         raise UserError("tp_overlap", way, "hides no reduction", ", ".join(WAYS))
     if tokens is None:
+        if way != HALVES:
+            raise UserError("tp_overlap", way, "is of no pass", "beside tp_overlap_from")
         return
     if type(tokens) is not int or tokens < 1:
         raise UserError("tp_overlap_from", tokens, "is no number of tokens", "an integer from 1, or None")

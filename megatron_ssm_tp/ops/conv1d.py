@@ -89,16 +89,16 @@ def causal_conv1d_step(
     if not out.numel():
         return out
     x, weight, cached = last_axis_dense(x), weight.contiguous(), dense_states(states)
-    bias, slots = None if bias is None else bias.contiguous(), slots.contiguous()
+    bias, dense_slots = None if bias is None else bias.contiguous(), slots.contiguous()
     block = next(channels for most, channels in STEP_CHANNELS.items() if x.shape[0] <= most)
     launch(
         conv1d_step,
         (-(-x.shape[1] // block), x.shape[0]),
-        (x, weight, bias, out, cached, slots),
+        (x, weight, bias, out, cached, dense_slots),
         (x.shape[1], x.stride(0), cached.stride(0)),
         WIDTH=weight.shape[1],
         CHANNELS=block,
-        AT_REST=at_rest and cached is states,
+        AT_REST=at_rest and cached is states and dense_slots is slots,
         num_warps=4,
     )
     if cached is not states:

@@ -142,14 +142,14 @@ def conv1d_step(
     slot = tl.load(slots_ptr + request).to(tl.int64)
     own = mask & (slot >= 0)  # Megatron pads batches with slots of -1
     state_at = states_ptr + slot * state_stride + d * WIDTH
-    total = tl.zeros((CHANNELS,), tl.float32)
-    if bias_ptr is not None:
-        total += tl.load(bias_ptr + d, mask=mask, other=0.0).to(tl.float32)
-    taps = _columns(weight_ptr + d * WIDTH, mask, WIDTH)
     before = _columns(state_at, own, WIDTH)
     if AT_REST:
         await_inputs(OVERLAPS)
     x = tl.load(x_ptr + request * x_stride + d, mask=mask, other=0.0)
+    total = tl.zeros((CHANNELS,), tl.float32)
+    if bias_ptr is not None:
+        total += tl.load(bias_ptr + d, mask=mask, other=0.0).to(tl.float32)
+    taps = _columns(weight_ptr + d * WIDTH, mask, WIDTH)
     for tap in tl.static_range(WIDTH):
         value = before[tap + 1] if tap + 1 < WIDTH else x
         total += value.to(tl.float32) * taps[tap].to(tl.float32)

@@ -57,11 +57,11 @@ def dt_and_step(
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     x, z, bcdt, cached = last_axis_dense(x), last_axis_dense(z), last_axis_dense(bcdt), dense_states(states)
     (requests, channels), (rank, d_state) = x.shape, (dt_weight.shape[1], A.shape[1])
-    weights = [t.contiguous() for t in (dt_weight, A.float(), D, dt_bias)]
+    weights, dense_slots = [t.contiguous() for t in (dt_weight, A.float(), D, dt_bias)], slots.contiguous()
     launch(
         dt_step,
         (-(-channels // _CHANNELS), requests),
-        (bcdt, x, z, out, *weights, cached, slots.contiguous()),
+        (bcdt, x, z, out, *weights, cached, dense_slots),
         (channels, x.stride(0), z.stride(0), bcdt.stride(0), cached.stride(0), eps or 0.0),
         RANK=rank,
         D_STATE=d_state,
@@ -69,7 +69,7 @@ def dt_and_step(
         N=power_of_two(d_state),
         CHANNELS=_CHANNELS,
         NORMED=eps is not None,
-        AT_REST=at_rest and cached is states,
+        AT_REST=at_rest and cached is states and dense_slots is slots,
         num_warps=_WARPS,
     )
     if cached is not states:

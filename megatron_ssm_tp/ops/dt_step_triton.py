@@ -49,9 +49,9 @@ def dt_step(
     element = d[:, None] * D_STATE + n[None, :]
     state_at = states_ptr + slot * state_stride + element
     state = tl.load(state_at, mask=own, other=0.0).to(tl.float32)
-    A = tl.load(A_ptr + element, mask=here, other=0.0) * LOG2E
     if AT_REST:
         await_inputs(OVERLAPS)
+    A = tl.load(A_ptr + element, mask=here, other=0.0) * LOG2E
     row = bcdt_ptr + request * bcdt_stride
     dt_low = _run(row, r, RANK, eps, NORMED)
     B, C = _run(row + RANK, n, D_STATE, eps, NORMED), _run(row + RANK + D_STATE, n, D_STATE, eps, NORMED)

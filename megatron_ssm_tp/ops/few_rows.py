@@ -61,5 +61,6 @@ def _parts(x: torch.Tensor, weight: torch.Tensor, most: int) -> torch.Tensor | N
 
 @cache
 def _tiles_pay(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether tiles have been found faster than torch's products: of 16-bit values, on Hopper."""
-    return dtype.itemsize == 2 and torch.cuda.get_device_capability(device) >= (9, 0)
+    """Whether tiles have been found faster than torch's products, of 16-bit values, on Hopper; data center Blackwell's
+    has the same shared memory, others do not."""
+    return dtype.itemsize == 2 and torch.cuda.get_device_capability(device)[0] in (9, 10)

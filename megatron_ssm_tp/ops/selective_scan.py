@@ -154,11 +154,12 @@ def selective_state_step(
     x, dt, z = (last_axis_dense(t) for t in (x, dt, z))
     B, C = _by_head(B), _by_head(C)
     A, D, dt_bias, cached = A.float().contiguous(), D.contiguous(), dt_bias.contiguous(), dense_states(states)
+    dense_slots = slots.contiguous()
     shape = ScanShape(x.shape[0], x.shape[0], x.shape[1], B.shape[1], A.shape[1])
     lanes = max(1, 1024 // shape.padded)  # of two channels; 16 states a thread
     numbers = shape.geometry(lanes)
     numbers += (x.stride(0), dt.stride(0), z.stride(0), *B.stride()[:2], *C.stride()[:2], cached.stride(0))
-    given, grid = (x, dt, z, out, A, B, C, D, dt_bias, cached, slots.contiguous()), shape.grid(lanes, x.shape[0])
+    given, grid = (x, dt, z, out, A, B, C, D, dt_bias, cached, dense_slots), shape.grid(lanes, x.shape[0])
     launch(
         state_step,
         grid,
@@ -166,7 +167,7 @@ def selective_state_step(
         numbers,
         N=shape.padded,
         CHANNELS=2 * lanes,
-        AT_REST=at_rest and cached is states,
+        AT_REST=at_rest and cached is states and dense_slots is slots,
         num_warps=4,
     )
     if cached is not states:

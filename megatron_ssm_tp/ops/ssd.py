@@ -170,14 +170,24 @@ def ssd_step(
         return out
     x, B, C, dt = _dense_rows(x), _dense_rows(B), _dense_rows(C), last_axis_dense(dt)
     A, D, dt_bias, cached = A.float().contiguous(), D.contiguous(), dt_bias.contiguous(), dense_states(states)
+    dense_slots = slots.contiguous()
     shape = _Shape(*x.shape, *B.shape[1:], x.shape[0])
     N = power_of_two(shape.d_state)
     P = min(power_of_two(shape.channels), max(1, _STEP_VALUES // N))
     blocks = -(-shape.channels // P)
     numbers = (shape.heads, shape.heads // shape.groups, shape.channels, blocks, shape.d_state)
     numbers += (x.stride(0), dt.stride(0), B.stride(0), C.stride(0), cached.stride(0), *map(float, dt_limit))
-    given, grid = (x, dt, out, A, B, C, D, dt_bias, cached, slots.contiguous()), (shape.heads * blocks, x.shape[0])
-    launch(ssd_state_step, grid, given, numbers, P=P, N=N, AT_REST=at_rest and cached is states, num_warps=4)
+    given, grid = (x, dt, out, A, B, C, D, dt_bias, cached, dense_slots), (shape.heads * blocks, x.shape[0])
+    launch(
+        ssd_state_step,
+        grid,
+        given,
+        numbers,
+        P=P,
+        N=N,
+        AT_REST=at_rest and cached is states and dense_slots is slots,
+        num_warps=4,
+    )
     if cached is not states:
         states.copy_(cached)
     return out

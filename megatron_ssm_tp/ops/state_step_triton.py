@@ -52,18 +52,18 @@ def state_step(
     own = here & (slot >= 0)  # Megatron pads batches with slots of -1
     state_at = states_ptr + slot * state_stride + element
     state = tl.load(state_at, mask=own, other=0.0).to(tl.float32)
-    A = tl.load(A_ptr + element, mask=here, other=0.0) * LOG2E
-    D = tl.load(D_ptr + d, mask=mask, other=0.0).to(tl.float32)
-    dt_bias = tl.load(dt_bias_ptr + d, mask=mask, other=0.0).to(tl.float32)
     if AT_REST:
         await_inputs(OVERLAPS)
+    A = tl.load(A_ptr + element, mask=here, other=0.0) * LOG2E
     B_at, C_at = B_ptr + request * B_stride + head * B_head_stride, C_ptr + request * C_stride + head * C_head_stride
     B = tl.load(B_at + n, mask=n < d_state, other=0.0).to(tl.float32)
     C = tl.load(C_at + n, mask=n < d_state, other=0.0).to(tl.float32)
     x = tl.load(x_ptr + request * x_stride + d, mask=mask, other=0.0).to(tl.float32)
     dt = tl.load(dt_ptr + request * dt_stride + d, mask=mask, other=0.0).to(tl.float32)
     z = tl.load(z_ptr + request * z_stride + d, mask=mask, other=0.0).to(tl.float32)
-    state, y = advance(state, x, dt + dt_bias, A, B, C, D, z)
+    D = tl.load(D_ptr + d, mask=mask, other=0.0).to(tl.float32)
+    dt += tl.load(dt_bias_ptr + d, mask=mask, other=0.0).to(tl.float32)
+    state, y = advance(state, x, dt, A, B, C, D, z)
     tl.store(state_at, state.to(states_ptr.dtype.element_ty), mask=own)
     tl.store(out_ptr + request * channels + d, y.to(out_ptr.dtype.element_ty), mask=mask)
 

@@ -83,4 +83,5 @@ def _ask_for_first(at, rows, COLUMNS: tl.constexpr, AHEAD: tl.constexpr, ROWS: t
     half, rows_here = tl.arange(0, 2 * ROWS), tl.program_id(0) * ROWS
     row = tl.minimum(rows_here + half // 2, rows - 1).to(tl.int64)
     width: tl.constexpr = at.dtype.element_ty.primitive_bitwidth // 8
+    tl.static_assert(AHEAD // 2 * width % 16 == 0)
     ask_ahead(at + row * COLUMNS + half % 2 * (AHEAD // 2), AHEAD // 2 * width)
