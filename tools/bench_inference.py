@@ -14,7 +14,7 @@ import sys
 from time import perf_counter
 
 import torch.distributed as dist
-from measure import NO_MULTICAST, conditions, in_words
+from measure import NO_MULTICAST, conditions, in_words, meet
 
 from megatron_ssm_tp import quiet_imports
 from megatron_ssm_tp.cli.console import RUN_ERROR, Parser, guarded, is_speaker, quieted, say
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
     say(f"{perf_counter() - began:.0f} s in all.")
     if failure and is_speaker():
         print(f"error: {failure}", file=sys.stderr, flush=True)
-    dist.barrier()
+    meet()
     dist.destroy_process_group()
     if failure:
         sys.exit(RUN_ERROR)

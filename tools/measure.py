@@ -138,7 +138,7 @@ def seconds(run: Callable[[], object], device: torch.device, refresh: Callable[[
     """
     for _ in range(2):
         _timed(run, device, refresh, 1)
-    _meet()
+    meet()
     estimate = largest(median(_timed(run, device, refresh, 3)), device)  # alike, so that ranks repeat alike
     repeats = min(_REPEATS, max(_FEWEST, int(_SECONDS / max(estimate, 1e-9))))
     return largest(median(_timed(run, device, refresh, repeats)), device)
@@ -196,7 +196,7 @@ def waited_for(run: Callable[[], object], device: torch.device, refresh: Callabl
     """One pass of `pass_seconds`, by this rank's own clock."""
     if refresh is not None:
         refresh()
-    _meet()
+    meet()
     _synchronize(device)
     begin = perf_counter()
     run()
@@ -205,7 +205,8 @@ def waited_for(run: Callable[[], object], device: torch.device, refresh: Callabl
     return Passed(perf_counter() - begin, launched - begin)
 
 
-def _meet() -> None:
+def meet() -> None:
+    """Wait for the other ranks, if there are any."""
     if dist.is_initialized():
         dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)
 
