@@ -9,8 +9,6 @@ from interpreter import patch_interpreter, programs_backwards
 
 from megatron_ssm_tp.ops import reference
 
-POLYNOMIAL_ERROR = 3e-6  # of a decay, see elementwise_triton.polynomial_exp2; a state is the product of many
-
 
 @dataclass(frozen=True)
 class Case:
@@ -86,17 +84,16 @@ def _differ(name: str, found: torch.Tensor, expected: torch.Tensor, unit: float,
     return "" if not len(at) else f"{name} {at[:3].tolist()}: {found[wrong][:3]} for {expected[wrong][:3]}; "
 
 
-def compared(case: Case, given: Inputs, kernel, truth, bound: float = 1e-4, own: float = 0.0) -> str:
-    """Outputs of kernel(states) and truth(states), the states they leave, and those they should not touch. `own` is by
-    what float32 values may be off beside `bound`, of themselves."""
+def compared(case: Case, given: Inputs, kernel, truth, bound: float = 1e-4) -> str:
+    """Outputs of kernel(states) and truth(states), the states they leave, and those they should not touch."""
     before = {name: t.clone() for name, t in given.tokens.items()}
     base = given.states
     expected_states = base.clone()
     with programs_backwards() if case.backwards else nullcontext():
         y = kernel(base)
     expected = truth(expected_states)
-    unit = 2 * torch.finfo(case.dtype).eps if case.dtype != torch.float32 else own
-    state_unit = 2 * torch.finfo(case.state_dtype).eps if case.state_dtype != torch.float32 else own
+    unit = 2 * torch.finfo(case.dtype).eps if case.dtype != torch.float32 else 0.0
+    state_unit = 2 * torch.finfo(case.state_dtype).eps if case.state_dtype != torch.float32 else 0.0
     problem = _differ("y", y, expected, unit, bound)
     problem += _differ("states", base.clone(memory_format=torch.contiguous_format), expected_states, state_unit, bound)
     idle = [slot for slot in range(len(base)) if slot not in given.slots]
@@ -117,13 +114,12 @@ def _scan_arguments(given: Inputs, tokens: slice = slice(None)) -> list[torch.Te
 def compare_scan(case: Case) -> str:
     given, kernels = inputs_of(case), kernels_here()[1]
     how, where = kernels.ScanLaunch(**case.how) if case.how else None, (given.slots, given.cu_seqlens)
-    arguments, by_polynomial = _scan_arguments(given), bool(how and (how.polynomial or how.states_polynomial))
+    arguments = _scan_arguments(given)
     return compared(
         case,
         given,
         lambda states: kernels.selective_scan_varlen(*arguments, states, *where, how),
         lambda states: reference.selective_scan_varlen(*arguments, states, *where),
-        own=POLYNOMIAL_ERROR * max(case.lengths) if by_polynomial else 0.0,
     )
 
 
