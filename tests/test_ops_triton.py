@@ -4,7 +4,7 @@ import ops_jobs as jobs
 import pytest
 import torch
 from hopper import compile_for_hopper, reads_before_waiting
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from ops_jobs import Case
 
@@ -34,6 +34,15 @@ widths = st.integers(2, 5)
     gap=st.sampled_from([0, 3]),
     how=launches,
     seed=st.integers(0, 99),
+)
+@example(  # an output nine times as large as most, of decays by polynomials
+    lengths=[1, 2, 24],
+    shape=(64, None),
+    d_state=5,
+    dtype=torch.float32,
+    gap=3,
+    how={"chunk": 8, "stages": 1, "polynomial": 3, "states_polynomial": 0},
+    seed=56,
 )
 def test_packed_prompts_are_scanned_as_by_the_reference(interpreted, lengths, shape, d_state, dtype, gap, how, seed):
     case = Case(tuple(lengths), shape[0], d_state, shape[1], dtype, gap=gap, slot_gap=gap, how=how, seed=seed)

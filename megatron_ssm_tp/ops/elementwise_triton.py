@@ -41,22 +41,30 @@ def sigmoid(x):
 
 
 @triton.jit
-def polynomial_exp2(x):
-    """2^x for x <= 0 by multiply-adds alone, to 3e-6 of itself and exact at 0; 2^-126 for what is below."""
+def polynomial_exp2(x, FINE: tl.constexpr):
+    """2^x for x <= 0 by multiply-adds alone, to 3e-6 of itself, FINE: by one more to 2e-7, and exact at 0; 2^-126 for
+    what is below."""
     x = tl.maximum(x, -126.0)
     whole = x + _ROUND_TO_1
     r = x - (whole - _ROUND_TO_1)
     # minimax over -0.5 .. 0.5
-    p = 0.00958285 * r + 0.05590643
-    p = p * r + 0.24024099
-    p = p * r + 0.69312419
+    if FINE:
+        p = 0.001326472731307149 * r + 0.009671512991189957
+        p = p * r + 0.05550733581185341
+        p = p * r + 0.24022242426872253
+        p = p * r + 0.6931470036506653
+    else:
+        p = 0.00958285 * r + 0.05590643
+        p = p * r + 0.24024099
+        p = p * r + 0.69312419
     p = p * r + 1.0
     return (p.to(tl.int32, bitcast=True) + (whole.to(tl.int32, bitcast=True) << 23)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def exp2_rows(x, rows, POLYNOMIAL: tl.constexpr):
-    """2^x for x <= 0: of every 16 rows POLYNOMIAL by multiply-adds, the others by the special-function units.
+def exp2_rows(x, rows, POLYNOMIAL: tl.constexpr, FINE: tl.constexpr):
+    """2^x for x <= 0: of every 16 rows POLYNOMIAL by multiply-adds, see polynomial_exp2, the others by the
+    special-function units.
 
     x: float32 [N, LANES]. rows: int32 [N], their numbers. A thread that holds whole columns computes each value once:
     the compiler knows the numbers of its rows and drops what is not selected.
@@ -64,4 +72,4 @@ def exp2_rows(x, rows, POLYNOMIAL: tl.constexpr):
     if POLYNOMIAL == 0:
         return tl.exp2(x)
     else:
-        return tl.where((rows * POLYNOMIAL % 16 < POLYNOMIAL)[:, None], polynomial_exp2(x), tl.exp2(x))
+        return tl.where((rows * POLYNOMIAL % 16 < POLYNOMIAL)[:, None], polynomial_exp2(x, FINE), tl.exp2(x))

@@ -172,6 +172,8 @@ def scan_tokens(
     """The states after `tokens`, and the sums of their dt, a pair; stores y unless STATES_ONLY."""
     x_at, dt_at, z_at, out_at, x_stride, dt_stride, z_stride, out_stride = rows
     A, D, bias = planes
+    # A state is the product of many decays, whose errors add up to more than float32's inputs are rounded by.
+    FINE: tl.constexpr = x_at.dtype.element_ty.primitive_bitwidth == 32
     n = tl.arange(0, N)
     steps = (tl.zeros((LANES,), tl.float32), tl.zeros((LANES,), tl.float32))
     for token in tl.range(0, tokens, FOUR, num_stages=STAGES):
@@ -195,7 +197,7 @@ def scan_tokens(
             new_h, new_steps, y = (), (), ()
             for parity in tl.static_range(2):
                 step = tl.where(there, softplus(dt[parity] + bias[parity]), 0.0)
-                decay = exp2_rows(step[None, :] * A[parity], n, POLYNOMIAL)
+                decay = exp2_rows(step[None, :] * A[parity], n, POLYNOMIAL, FINE)
                 state = decay * h[parity] + (step * x[parity])[None, :] * B[:, None]
                 if STATES_ONLY:
                     new_steps = new_steps + (steps[parity] + step,)
